@@ -1,0 +1,157 @@
+"""Files that are whole or absent: atomic writes, and JSON documents with a schema name and version."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vitalfew.core.errors import InputError
+
+__all__ = ["atomic_folder", "atomic_write", "read_document", "write_document", "write_text"]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when the block ends without an error.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and then take the name in one step.
+    A crash, an exception or Ctrl-C leaves the former file as it was.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> with atomic_write(folder / "a.txt") as file:
+    ...     _ = file.write(b"whole")
+    >>> [p.name for p in folder.iterdir()]
+    ['a.txt']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    _sync(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder that appears under its name, whole, only when the block ends without an error.
+
+    Raises
+    ------
+    InputError
+        If the folder exists already: a whole folder is never written over.
+    """
+    target = Path(path)
+    if target.exists():
+        raise InputError(f"{target} exists already", hint="choose another name or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        part.chmod(0o755)
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in one step, UTF-8."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_document(path: str | os.PathLike[str], schema: str, version: int, body: Mapping[str, Any]) -> None:
+    """Write a JSON document that names its schema and version.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "plan.json"
+    >>> write_document(file, "plan", 1, {"gap": 0.0})
+    >>> read_document(file, "plan", 1)
+    {'gap': 0.0}
+    """
+    document = {"schema": f"vitalfew/{schema}", "version": version, **body}
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_document(
+    path: str | os.PathLike[str],
+    schema: str,
+    version: int,
+    upgrades: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Read a JSON document, bringing older versions up step by step.
+
+    Parameters
+    ----------
+    path
+        The file.
+    schema, version
+        What the caller understands.
+    upgrades
+        From version n to a function that makes version n + 1.
+
+    Raises
+    ------
+    InputError
+        If the file is absent, is no JSON, holds another schema, or is newer than the caller.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}", hint="check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder", hint=f"name the {schema} file inside it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a JSON document ({error})", hint=f"name a {schema} file") from None
+    if not isinstance(document, dict) or document.get("schema") != f"vitalfew/{schema}":
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise InputError(f"{path} holds {found!r}, not a vitalfew {schema}", hint=f"name a {schema} file")
+    found_version = document.get("version")
+    if not isinstance(found_version, int) or found_version < 1:
+        raise InputError(f"{path} has the version {found_version!r}", hint="expected a positive whole number")
+    if found_version > version:
+        raise InputError(
+            f"{path} has {schema} version {found_version}, this vitalfew reads up to {version}",
+            hint="upgrade vitalfew",
+        )
+    body = {key: value for key, value in document.items() if key not in ("schema", "version")}
+    for step in range(found_version, version):
+        upgrade = (upgrades or {}).get(step)
+        if upgrade is None:
+            raise InputError(f"{path}: {schema} version {step} can no longer be read", hint="write it again")
+        body = upgrade(body)
+    return body
