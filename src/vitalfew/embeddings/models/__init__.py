@@ -1,0 +1,5 @@
+"""Models on top of embedding bags."""
+
+from vitalfew.embeddings.models.dlrm import DLRM
+
+__all__ = ["DLRM"]

@@ -1,0 +1,385 @@
+"""The rows of many tables in one slab, with their optimizer state, and the one update they get per backward pass."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitalfew.core import InputError
+from vitalfew.embeddings.optim import Optimizer
+
+__all__ = ["Counts", "Layout", "Rows"]
+
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KERNELS = threading.Lock()
+"""One kernel at a time: some threading layers of numba end the process when two threads enter them at once."""
+
+_NONE_I32 = np.empty(0, np.int32)
+_NONE_I64 = np.empty(0, np.int64)
+_NONE_F32 = np.empty(0, np.float32)
+
+
+def _slab(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros whose memory numpy has asked huge pages for: random rows then miss the address cache less often."""
+    if dtype == torch.float32:
+        return torch.from_numpy(np.zeros((rows, width), np.float32))
+    return torch.from_numpy(np.zeros((rows, width), np.int16)).view(dtype)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """View a tensor as numpy, 16-bit floats as their bits."""
+    if tensor.dtype == torch.float32:
+        return tensor.detach().numpy()
+    return tensor.detach().view(torch.int16).numpy().view(np.uint16)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which part of the slab each feature looks rows up in; one entry per feature."""
+
+    features: tuple[str, ...]
+    base: NDArray[np.int64]
+    num_rows: NDArray[np.int64]
+    mean: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the rows have been through, counted in the kernels."""
+
+    lookups: int = 0
+    """Ids looked up, with repeats."""
+    rows_updated: int = 0
+    """Rows written, each once per step."""
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class _Lookups:
+    """One forward's lookups: row and, where they say something, bag and scale of each."""
+
+    row_of: NDArray[np.int64]
+    bag_of: NDArray[np.int32]
+    scale_of: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """Arrays the update works in, grown as needed and never copied with the model."""
+
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        have = self.arrays.get(name)
+        if have is None or any(a < b for a, b in zip(have.shape, shape, strict=True)):
+            have = self.arrays[name] = np.zeros(tuple(b + b // 4 for b in shape), dtype)
+        return have[: shape[0]] if len(shape) == 1 else have
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
+        return _Scratch()
+
+    def __reduce__(self) -> tuple[type[_Scratch], tuple[()]]:
+        return _Scratch, ()
+
+
+class Rows:
+    """A slab of rows and their state, updated in place; no gradient is ever built for it.
+
+    Parameters
+    ----------
+    num_rows, dim
+        Shape of the slab.
+    optimizer
+        The update rule.
+    dtype
+        Storage of the weights: float32, or bfloat16 or float16 with stochastic rounding. State is always float32.
+    update
+        ``"backward"``: rows change at the end of each backward pass. ``"step"``: gradients gather until `step`.
+    seed
+        Of the stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        optimizer: Optimizer,
+        *,
+        dtype: torch.dtype = torch.float32,
+        update: Literal["backward", "step"] = "backward",
+        seed: int = 0,
+    ) -> None:
+        if dtype not in _STORAGE:
+            raise InputError(f"rows cannot be stored as {dtype}", hint="use float32, bfloat16 or float16")
+        if update not in ("backward", "step"):
+            raise InputError(f"update must be 'backward' or 'step', got {update!r}", hint="'backward' is the fast one")
+        if num_rows < 1 or dim < 1:
+            raise InputError(f"a slab needs rows and columns, got {num_rows} x {dim}", hint="pass positive sizes")
+        self.optimizer = optimizer
+        self.update = update
+        self.seed = seed
+        self.trainable = True
+        self.counts = Counts()
+        self.weight = _slab(num_rows, dim, dtype)
+        self.wide = [_slab(num_rows, dim, torch.float32) for _ in range(optimizer.wide_states)]
+        self.narrow = [_slab(num_rows, 1, torch.float32) for _ in range(optimizer.row_states)]
+        self._pending: list[tuple[_Lookups, Tensor]] = []
+        self._pass = -1
+        self._scale = 1.0
+        self._scratch = _Scratch()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and state."""
+        return sum(t.numel() * t.element_size() for t in [self.weight, *self.wide, *self.narrow])
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer state by name, each with one line per row."""
+        named = {f"wide{i}": t for i, t in enumerate(self.wide)}
+        return named | {f"narrow{i}": t for i, t in enumerate(self.narrow)}
+
+    def bags(self, layout: Layout, ids: Tensor, offsets: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """Return the pooled bags, float32, shape (bags, dim); bag b belongs to feature ``b % F``."""
+        train = self.trainable and torch.is_grad_enabled()
+        if train and torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            if world > 1:
+                raise InputError(
+                    f"these rows are updated in place and {world} processes would each change their own copy",
+                    hint="train in one process, or freeze the rows with trainable = False",
+                )
+        return _Bags.apply(  # type: ignore[no-any-return,no-untyped-call]
+            torch.ones((), requires_grad=train), scales, self, layout, ids, offsets
+        )
+
+    def _pool(
+        self, layout: Layout, ids: Tensor, offsets: Tensor | None, scales: Tensor | None
+    ) -> tuple[Tensor, _Lookups]:
+        from vitalfew.embeddings import _kernels_numba as kernels
+
+        flat = _as_ids(ids).reshape(-1)
+        edges = _NONE_I64 if offsets is None else _as_offsets(offsets, len(flat))
+        weights = _NONE_F32 if scales is None else np.ascontiguousarray(scales.detach().float().reshape(-1).numpy())
+        if scales is not None and len(weights) != len(flat):
+            raise InputError(f"{len(flat)} ids came with {len(weights)} weights", hint="pass one weight per id")
+        num_bags = len(flat) if offsets is None else len(edges) - 1
+        features = len(layout.features)
+        if num_bags % features:
+            raise InputError(
+                f"{num_bags} bags do not divide among {features} features", hint="bag = sample * features + feature"
+            )
+        scaled = scales is not None or (offsets is not None and bool(layout.mean.any()))
+        seen = _Lookups(
+            np.empty(len(flat), np.int64),
+            _NONE_I32 if offsets is None else np.empty(len(flat), np.int32),
+            np.empty(len(flat), np.float32) if scaled else _NONE_F32,
+        )
+        out = np.empty((num_bags, self.weight.shape[1]), np.float32)
+        with _KERNELS:
+            wrong = kernels.pool(
+                _array(self.weight), _STORAGE[self.weight.dtype], flat, edges, weights,
+                layout.mean, layout.base, layout.num_rows, out, seen.row_of, seen.bag_of, seen.scale_of, _threads(),
+            )  # fmt: skip
+        if wrong >= 0:
+            bag = wrong if offsets is None else int(np.searchsorted(edges, wrong, side="right")) - 1
+            f = bag % features
+            raise InputError(
+                f"id {flat[wrong]} of feature `{layout.features[f]}` in sample {bag // features} "
+                f"lies outside [0, {layout.num_rows[f]})",
+                hint="encode the ids with the vocabulary the table was made for",
+            )
+        self.counts.lookups += len(flat)
+        return torch.from_numpy(out), seen
+
+    def _receive(self, lookups: _Lookups, grad: Tensor) -> None:
+        """Take a bag gradient; in backward mode ask to be called when the whole pass has ended."""
+        if self.update == "backward":
+            this_pass = torch._C._current_graph_task_id()
+            if this_pass != self._pass:
+                self._pending.clear()  # of a pass that broke off with an error
+                self._pass = this_pass
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+        self._pending.append((lookups, grad))
+
+    def _end_pass(self) -> None:
+        self._pass = -1
+        self.step()
+
+    @property
+    def pending(self) -> int:
+        """How many gradients wait for `step`."""
+        return len(self._pending)
+
+    def zero_grad(self) -> None:
+        """Drop what waits."""
+        self._pending.clear()
+        self._scale = 1.0
+
+    def scale_grad(self, factor: float) -> None:
+        """Multiply what waits, such as by the clipping factor or by one over the loss scale."""
+        self._scale *= factor
+
+    def grad_norm(self) -> float:
+        """Return the 2-norm of the row gradients that wait, summed per row as a dense gradient would be."""
+        if self.update == "backward":
+            raise InputError("with update='backward' the rows have changed already", hint="use update='step'")
+        return float(np.sqrt(self._run(norm=True))) if self._pending else 0.0
+
+    def grad_is_finite(self) -> bool:
+        """Say whether nothing that waits is NaN or infinite."""
+        return all(bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all()) for _, g in self._pending)
+
+    def step(self) -> None:
+        """Update every touched row once from all that waits.
+
+        Raises
+        ------
+        InputError
+            If a gradient is NaN or infinite; no row has changed then, and what waited is dropped.
+        """
+        if not self._pending:
+            return
+        try:
+            if not self.grad_is_finite():
+                raise InputError(
+                    "a gradient is NaN or infinite; no row was changed",
+                    hint="lower the learning rate, or look for NaN in the dense input and the loss",
+                )
+            self.counts.steps += 1
+            self.counts.rows_updated += int(self._run())
+        finally:
+            self.zero_grad()
+
+    def _merged(self) -> tuple[_Lookups, Tensor]:
+        if len(self._pending) == 1:
+            return self._pending[0]
+        parts = [lookups for lookups, _ in self._pending]
+        bag_of, scale_of, start = [], [], 0
+        any_scale = any(len(p.scale_of) for p in parts)
+        for lookups, grad in self._pending:
+            n = len(lookups.row_of)
+            mine = lookups.bag_of if len(lookups.bag_of) else np.arange(n, dtype=np.int32)
+            bag_of.append(mine + np.int32(start))
+            if any_scale:
+                scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
+            start += len(grad)
+        return _Lookups(
+            np.concatenate([p.row_of for p in parts]),
+            np.concatenate(bag_of),
+            np.concatenate(scale_of) if any_scale else _NONE_F32,
+        ), torch.cat([grad for _, grad in self._pending])
+
+    def _run(self, *, norm: bool = False) -> float:
+        from vitalfew.embeddings import _kernels_numba as kernels
+
+        lookups, grad = self._merged()
+        n, threads, get = len(lookups.row_of), _threads(), self._scratch.get
+        buckets = 1 << max(0, (n // kernels.BUCKET).bit_length())
+        order, row_in_order = get("order", (n,), np.int32), get("row_in_order", (n,), np.int64)
+        following, starts = get("following", (n,), np.int32), get("starts", (buckets + 1,), np.int64)
+        rate, eps, beta1, beta2 = self.optimizer.scalars(max(self.counts.steps, 1))
+        none = np.empty((0, 0), np.float32)
+        wide = [*map(_array, self.wide), none, none]
+        squares = np.zeros(buckets)
+        dice = np.uint64((self.seed * 0x9E3779B97F4A7C15 + self.counts.steps * 0xD1342543DE82EF95) % 2**64)
+        with _KERNELS:
+            largest = kernels.partition(lookups.row_of, order, row_in_order, starts, threads)
+            slots = 2 << max(1, int(largest)).bit_length()
+            touched = kernels.update(
+                kernels.NORM if norm else self.optimizer.kind,
+                _array(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
+                _array(self.narrow[0]) if self.narrow else none,
+                np.array([rate, eps, beta1, beta2, self.optimizer.weight_decay], np.float32), dice,
+                lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(self._scale),
+                order, row_in_order, starts, following,
+                get("slots", (threads, slots), np.int32),
+                get("heads", (threads, int(largest)), np.int32), get("tails", (threads, int(largest)), np.int32),
+                get("rows", (threads, int(largest)), np.int64), get("where", (threads, int(largest)), np.uint64),
+                squares, threads,
+            )  # fmt: skip
+        return float(squares.sum()) if norm else float(touched)
+
+    def _scale_gradients(self, lookups: _Lookups, scales: Tensor, grad: Tensor) -> Tensor:
+        from vitalfew.embeddings import _kernels_numba as kernels
+
+        flat = scales.detach().float().reshape(-1).numpy()
+        divisor = np.where(flat != 0, flat / np.where(lookups.scale_of != 0, lookups.scale_of, 1), 1)
+        out = np.empty(len(flat), np.float32)
+        with _KERNELS:
+            kernels.scale_gradients(
+                _array(self.weight), _STORAGE[self.weight.dtype], lookups.row_of, lookups.bag_of,
+                divisor.astype(np.float32), grad.numpy(), out, _threads(),
+            )  # fmt: skip
+        return torch.from_numpy(out).reshape(scales.shape).to(scales.dtype)
+
+
+class _Bags(torch.autograd.Function):
+    """Pool forward; hand the gradient of the bags to the rows backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, scales: Tensor | None, rows: Rows, layout: Layout, ids: Tensor, offsets: Tensor | None
+    ) -> Tensor:
+        out, ctx.lookups = rows._pool(layout, ids, offsets, scales)
+        ctx.rows, ctx.scales, ctx.step = rows, scales, rows.counts.steps
+        ctx.used = False
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.used:
+            raise InputError(
+                "backward ran twice through the same lookups, which would update their rows twice",
+                hint="run the forward again, or add the losses and call backward once",
+            )
+        ctx.used = True
+        rows: Rows = ctx.rows
+        grad = grad.float().contiguous()
+        to_scales = None
+        if ctx.needs_input_grad[1]:
+            if rows.counts.steps != ctx.step:
+                raise InputError(
+                    "the rows have changed since this forward, the gradient of its weights would be wrong",
+                    hint="call backward before the next update",
+                )
+            to_scales = rows._scale_gradients(ctx.lookups, ctx.scales, grad)
+        if ctx.needs_input_grad[0]:
+            rows._receive(ctx.lookups, grad)
+        return None, to_scales, None, None, None, None
+
+
+def _threads() -> int:
+    import numba
+
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
+    return int(threads)
+
+
+def _as_ids(ids: Tensor) -> NDArray[np.int64]:
+    if ids.device.type != "cpu":
+        raise InputError(f"the ids lie on {ids.device}", hint="these rows live in main memory: pass ids.cpu()")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids must be integers (int64 or int32), got {ids.dtype}", hint="encode them, or ids.long()")
+    return np.ascontiguousarray(ids.detach().numpy(), dtype=np.int64)
+
+
+def _as_offsets(offsets: Tensor, num_ids: int) -> NDArray[np.int64]:
+    edges = _as_ids(offsets).reshape(-1)
+    if len(edges) < 1 or edges[0] != 0 or edges[-1] != num_ids or bool((np.diff(edges) < 0).any()):
+        raise InputError(
+            f"offsets must rise from 0 to the number of ids, {num_ids}, "
+            f"got {edges[:3].tolist()} ... {edges[-1:].tolist()}",
+            hint="one entry per bag and the end",
+        )
+    return edges

@@ -1,0 +1,254 @@
+"""A collection of embedding bags that trains its rows itself, inside the backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitalfew.core import InputError
+from vitalfew.embeddings.optim import Optimizer, optimizer_from_dict
+from vitalfew.embeddings.rows import Counts, Layout, Rows
+
+__all__ = ["EmbeddingBags", "Table", "clip_grad_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of rows.
+
+    Attributes
+    ----------
+    name
+        For errors and checkpoints.
+    num_rows, dim
+        Its shape.
+    pooling
+        How the rows of a bag are joined. An empty bag is zeros either way.
+    features
+        The features that look rows up here, in the order of the input; by default one, named as the table.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    pooling: Literal["sum", "mean"] = "sum"
+    features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1 or self.dim < 1:
+            raise InputError(
+                f"table `{self.name}` cannot have {self.num_rows} rows of {self.dim}", hint="pass positive sizes"
+            )
+        if self.pooling not in ("sum", "mean"):
+            raise InputError(f"table `{self.name}` cannot pool by {self.pooling!r}", hint="use 'sum' or 'mean'")
+
+
+class EmbeddingBags(nn.Module):
+    """Many tables as one module. Backward updates the touched rows in place: no ``.grad``, no sparse tensor.
+
+    The rows are buffers, not parameters: give the other layers' parameters to a torch optimizer, and the rows look
+    after themselves by `optimizer`. One backward pass updates a row at most once, however often it was looked up.
+
+    Parameters
+    ----------
+    tables
+        Their rows must have the same width.
+    optimizer
+        `SGD`, `RowwiseAdagrad`, `Adagrad` or `LazyAdam`.
+    dtype
+        Storage of the weights; bfloat16 and float16 are written with stochastic rounding. State is float32.
+    update
+        ``"backward"`` (rows change at the end of each backward pass) or ``"step"`` (call `step`; for gradient
+        accumulation, clipping and loss scaling).
+    generator
+        For the initial rows, uniform in ``+-1/sqrt(num_rows)`` as in the DLRM reference code.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from vitalfew.embeddings import SGD, EmbeddingBags, Table
+    >>> tables = EmbeddingBags([Table("user", 10, 4), Table("item", 20, 4)], SGD(lr=0.5))
+    >>> ids = torch.tensor([[1, 2], [1, 3]])
+    >>> out = tables(ids)
+    >>> out.shape
+    torch.Size([2, 2, 4])
+    >>> before = tables.rows_of("user").clone()
+    >>> out.sum().backward()
+    >>> (before - tables.rows_of("user"))[:3, 0]
+    tensor([0., 1., 0.])
+
+    Notes
+    -----
+    Bits do not depend on the number of threads: the gradients of a row are summed in sample order.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        optimizer: Optimizer,
+        *,
+        dtype: torch.dtype = torch.float32,
+        update: Literal["backward", "step"] = "backward",
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not tables:
+            raise InputError("there are no tables", hint="pass at least one Table")
+        names = [table.name for table in tables]
+        if len(set(names)) != len(names):
+            raise InputError(f"table names repeat: {sorted({n for n in names if names.count(n) > 1})}", hint="rename")
+        dims = {table.dim for table in tables}
+        if len(dims) > 1:
+            raise InputError(f"tables have rows of widths {sorted(dims)}", hint="make one EmbeddingBags per width")
+        self.tables = tuple(tables)
+        self.dim = tables[0].dim
+        self._start = dict(zip(names, np.cumsum([0, *[t.num_rows for t in tables]]).tolist(), strict=False))
+        owners = [(feature, table) for table in tables for feature in table.features or (table.name,)]
+        self.features = tuple(feature for feature, _ in owners)
+        if len(set(self.features)) != len(self.features):
+            raise InputError(f"feature names repeat in {self.features}", hint="each feature has one table")
+        self._layout = Layout(
+            self.features,
+            base=np.array([self._start[table.name] for _, table in owners], np.int64),
+            num_rows=np.array([table.num_rows for _, table in owners], np.int64),
+            mean=np.array([table.pooling == "mean" for _, table in owners], np.bool_),
+        )
+        self.rows = Rows(sum(t.num_rows for t in tables), self.dim, optimizer, dtype=dtype, update=update, seed=seed)
+        self.register_buffer("weight", self.rows.weight)
+        for name, tensor in self.rows.state.items():
+            self.register_buffer(name, tensor)
+        self._initialise(generator)
+
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        for table in self.tables:
+            bound = 1 / math.sqrt(table.num_rows)
+            target = self.rows_of(table.name)
+            if target.dtype == torch.float32:
+                target.uniform_(-bound, bound, generator=generator)
+            else:
+                target.copy_(torch.empty(target.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Return the pooled rows, float32, shape (samples, features, dim).
+
+        Parameters
+        ----------
+        ids
+            int64 or int32. One id per feature: shape (samples, features). Bags: shape (n,), sample by sample and
+            feature by feature inside a sample.
+        offsets
+            For bags: where each begins in `ids`, and the end; shape (samples * features + 1,).
+        weights
+            Per id, for a weighted sum or mean; gets a gradient if it asks for one.
+
+        Raises
+        ------
+        InputError
+            For an id outside its table, naming feature, sample and id; nothing has changed then.
+        """
+        if offsets is None and (ids.dim() != 2 or ids.shape[1] != len(self.features)):
+            raise InputError(
+                f"expected ids of shape (samples, {len(self.features)}), got {tuple(ids.shape)}",
+                hint="one column per feature, or a flat tensor with offsets",
+            )
+        flat = self.rows.bags(self._layout, ids, offsets, weights)
+        return flat.reshape(-1, len(self.features), self.dim)
+
+    def rows_of(self, table: str) -> Tensor:
+        """Return the weights of one table, a view of shape (num_rows, dim)."""
+        found = next((t for t in self.tables if t.name == table), None)
+        if found is None:
+            raise InputError(f"there is no table `{table}`", hint=f"there are {', '.join(t.name for t in self.tables)}")
+        start = self._start[table]
+        return self.rows.weight[start : start + found.num_rows]
+
+    @property
+    def counts(self) -> Counts:
+        """Lookups, rows updated and steps so far, counted in the kernels."""
+        return self.rows.counts
+
+    @property
+    def lr(self) -> float:
+        """The learning rate; set it from a schedule."""
+        return self.rows.optimizer.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        settings = self.rows.optimizer.to_dict() | {"lr": value}
+        self.rows.optimizer = optimizer_from_dict(settings)
+
+    def step(self) -> None:
+        """With ``update="step"``: update every touched row once from all gradients since the last step."""
+        self.rows.step()
+
+    def extra_repr(self) -> str:
+        total = sum(t.num_rows for t in self.tables)
+        return f"{len(self.tables)} tables, {total:,} rows x {self.dim}, {self.rows.optimizer}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "tables": [[t.name, t.num_rows] for t in self.tables],
+            "optimizer": self.rows.optimizer.to_dict(),
+            "steps": self.rows.counts.steps,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        mine = [[t.name, t.num_rows] for t in self.tables]
+        if state["tables"] != mine:
+            raise InputError(f"the checkpoint holds the tables {state['tables']}, not {mine}", hint="use its schema")
+        if state["optimizer"]["name"] != self.rows.optimizer.name:
+            raise InputError(
+                f"the checkpoint was trained by {state['optimizer']['name']}, not {self.rows.optimizer.name}",
+                hint="use the same optimizer: its state belongs to the rows",
+            )
+        self.rows.optimizer = optimizer_from_dict(state["optimizer"])
+        self.rows.counts.steps = state["steps"]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise InputError("load_state_dict(assign=True) would cut the rows off their store", hint="assign=False")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBags:
+        probe = fn(torch.zeros(0, dtype=self.rows.weight.dtype))
+        if probe.device.type != "cpu" or probe.dtype != self.rows.weight.dtype:
+            raise InputError(
+                f"the rows stay on the CPU as {self.rows.weight.dtype}, "
+                f"they cannot become {probe.dtype} on {probe.device}",
+                hint="move the other layers only, and choose dtype= when making the tables",
+            )
+        return self
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], tables: EmbeddingBags | Rows, max_norm: float) -> float:
+    """Clip the dense gradients and the rows' together by their joint 2-norm, exactly; return that norm.
+
+    Needs ``update="step"``: in backward mode the rows have changed before anyone knows the norm, and this refuses.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from vitalfew.embeddings import SGD, EmbeddingBags, Table, clip_grad_norm
+    >>> tables = EmbeddingBags([Table("user", 4, 2)], SGD(lr=1.0), update="step")
+    >>> tables(torch.tensor([[1], [1]])).sum().backward()
+    >>> round(clip_grad_norm([], tables, 1.0), 4)  # the row's gradient is (2, 2)
+    2.8284
+    >>> tables.step()
+    """
+    rows = tables.rows if isinstance(tables, EmbeddingBags) else tables
+    grads = [p.grad for p in parameters if p.grad is not None]
+    square = sum(float(g.double().square().sum()) for g in grads)
+    norm = math.sqrt(square + rows.grad_norm() ** 2)
+    if norm > max_norm:
+        factor = max_norm / norm
+        for g in grads:
+            g.mul_(factor)
+        rows.scale_grad(factor)
+    return norm
