@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal
 
 from vitalfew.core.errors import InputError
@@ -23,10 +25,10 @@ def parse_size(text: str) -> int:
     >>> parse_size("256 MiB")
     268435456
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text, re.IGNORECASE | re.ASCII)
     if not match:
         raise InputError(f"cannot read the size {text!r}", hint='write it like "256 MiB" or "2 GB"')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,12 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value) or self.value < 0:
+        if self.kind not in ("share", "count", "bytes", "coverage"):
+            raise InputError(f"there is no budget of kind {self.kind!r}", hint="choose share, count, bytes or coverage")
+        if not 0 <= self.value < math.inf:
             raise InputError(f"a budget must be finite and not negative, got {self.value}", hint="use 0 for nothing")
+        if self.kind == "count" and self.value != int(self.value):
+            raise InputError(f"a count must be whole, got {self.value}", hint="for a share pass a float to Budget.of")
         if self.kind in ("share", "coverage") and self.value > 1:
             raise InputError(
                 f"a {self.kind} must lie in [0, 1], got {self.value}", hint="for a number of items pass an int"
@@ -61,16 +67,14 @@ class Budget:
             return value
         if isinstance(value, bool):
             raise InputError(f"a budget cannot be {value}", hint="pass a share (0.1), a count (512) or a size")
-        if isinstance(value, int):
-            return cls("count", value)
-        if isinstance(value, float):
-            return cls("share", value)
+        if isinstance(value, Integral):  # NumPy's numbers too
+            return cls("count", int(value))
+        if isinstance(value, Real):
+            return cls("share", float(value))
         if isinstance(value, str):
             percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)
             return cls("share", float(percent[1]) / 100) if percent else cls("bytes", parse_size(value))
-        raise InputError(
-            f"a budget cannot be a {type(value).__name__}", hint='pass a share (0.1), a count (512) or "256 MiB"'
-        )
+        raise InputError(f"a budget cannot be {value!r}", hint='pass a share (0.1), a count (512) or "256 MiB"')
 
     @classmethod
     def cover(cls, share: float) -> Budget:
@@ -81,5 +85,5 @@ class Budget:
         if self.kind == "share":
             return f"{self.value:.4g} of the items"
         if self.kind == "coverage":
-            return f"the fewest items that do {self.value:.4%} of the work".replace(".0000%", "%")
+            return f"the fewest items that do {100 * self.value:.6g}% of the work"
         return f"{int(self.value)} {'items' if self.kind == 'count' else 'bytes'}"

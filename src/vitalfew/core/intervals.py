@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from vitalfew.core.errors import InputError
 
@@ -30,6 +32,7 @@ def _student_cdf(t: float, df: int) -> float:
     return (1 + inside) / 2
 
 
+@cache
 def student_quantile(p: float, df: int) -> float:
     """Return t with P(T <= t) = p for Student's distribution with `df` degrees of freedom, p in (0.5, 1).
 
@@ -86,7 +89,8 @@ def pairs_needed(values: Sequence[float], room: float, confidence: float, most: 
         return None
     mean = math.fsum(values) / n
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    for m in range(2, most + 1):
-        if student_quantile((1 + confidence) / 2, m - 1) * spread / math.sqrt(m) <= room:
-            return m
-    return None
+    sizes = range(2, most + 1)  # the half width falls with every one
+    first = bisect_left(
+        sizes, True, key=lambda m: student_quantile((1 + confidence) / 2, m - 1) * spread / math.sqrt(m) <= room
+    )
+    return sizes[first] if first < len(sizes) else None

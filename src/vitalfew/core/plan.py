@@ -67,7 +67,13 @@ class Plan:
         cost = problem.objective(self.places)
         if not math.isclose(cost, self.objective, rel_tol=1e-9, abs_tol=1e-12):
             raise InputError(f"the plan claims a cost of {self.objective} but costs {cost}", hint="solve it again")
-        if self.bound > self.objective and not math.isclose(self.bound, self.objective, rel_tol=1e-9):
+        tight = math.isclose(self.bound, self.objective, rel_tol=1e-9, abs_tol=1e-12)
+        if not (self.bound <= self.objective or tight):
             raise InputError(
                 f"the plan costs {self.objective}, below its bound {self.bound}", hint="the bound is wrong"
+            )
+        if self.status == "optimal" and not tight:
+            raise InputError(
+                f"the plan claims to be optimal, its bound {self.bound} is below its cost {self.objective}",
+                hint="call it feasible",
             )

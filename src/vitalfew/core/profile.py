@@ -14,7 +14,7 @@ from vitalfew.core.errors import InputError
 __all__ = ["Profile", "profile"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """How much work each item did.
 
@@ -119,6 +119,8 @@ def profile(windows: Iterable[ArrayLike], *, name: str = "items", capacity: int 
         array = np.asarray(window)
         if array.size and not np.issubdtype(array.dtype, np.integer):
             raise InputError(f"ids must be integers, got {array.dtype}", hint="encode them first")
+        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+            raise InputError(f"the id {array.max()} does not fit 64 signed bits", hint="encode them first")
         new, count = np.unique(array.astype(np.int64, copy=False).reshape(-1), return_counts=True)
         total += float(count.sum())
         merged = np.union1d(ids, new)

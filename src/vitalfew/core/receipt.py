@@ -24,6 +24,13 @@ _HOWS = ("measured", "counted", "modelled")
 _VERDICTS = ("saved", "no saving", "quality lost", "undecided")
 
 
+def _plain(value: Any) -> Any:
+    """Turn a scalar of NumPy or PyTorch into a number of Python."""
+    if not hasattr(value, "item"):
+        raise InputError(f"a receipt cannot hold {value!r}", hint="pass numbers, texts, lists and dicts")
+    return value.item()
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One thing before and after.
@@ -61,7 +68,9 @@ class Line:
     @property
     def ratio(self) -> float | None:
         """How many times less than before, where both are known and positive."""
-        return self.before / self.after if self.before and self.after else None
+        if self.before is None or self.after is None or self.before <= 0 or self.after <= 0:
+            return None
+        return self.before / self.after
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,14 @@ class Pair:
     few_quality: float
     base_work: float = 1.0
     few_work: float = 1.0
+
+    def __post_init__(self) -> None:
+        for value in (self.base_cost, self.few_cost, self.base_work, self.few_work):
+            if not 0 < value < math.inf:
+                raise InputError(f"the pair of seed {self.seed} holds the cost or work {value}", hint="measure it")
+        for value in (self.base_quality, self.few_quality):
+            if not math.isfinite(value):
+                raise InputError(f"the pair of seed {self.seed} holds the quality {value}", hint="drop that pair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +172,8 @@ class Receipt:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, numbers and texts."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        text = json.dumps(dataclasses.asdict(self), allow_nan=False, default=_plain)
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     @classmethod
@@ -174,8 +192,8 @@ class Receipt:
             for name, kind in parts.items():
                 values[name] = tuple(kind(**item) for item in values.get(name, ()))
             values["curves"] = tuple(
-                Curve(c["name"], tuple((float(x), float(y)) for x, y in c["points"]), c["num_items"])
-                for c in values.get("curves", ())
+                Curve(**{**curve, "points": tuple((x, y) for x, y in curve["points"])})
+                for curve in values.get("curves", ())
             )
             values["notes"] = tuple(values.get("notes", ()))
             return cls(**values)

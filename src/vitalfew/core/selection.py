@@ -56,6 +56,29 @@ def _scores(values: ArrayLike, name: str) -> NDArray[np.float64]:
     return array
 
 
+def _costs(values: ArrayLike, n: int) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape not in ((), (n,)):
+        raise InputError(f"costs have shape {array.shape}, there are {n} scores", hint="pass one, or one per score")
+    array = np.broadcast_to(array, n)
+    bad = np.flatnonzero(~np.isfinite(array) | (array <= 0))
+    if len(bad):
+        raise InputError(
+            f"costs must be finite and positive, item {bad[0]} has {array[bad[0]]}", hint="drop items that cost nothing"
+        )
+    return array
+
+
+def _kept(values: ArrayLike, n: int) -> NDArray[np.int64]:
+    array = np.asarray(values).reshape(-1)
+    if len(array) and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"kept must hold ids, got {array.dtype}", hint="pass Selection.ids of the last time")
+    bad = array[(array < 0) | (array >= n)]
+    if len(bad):
+        raise InputError(f"kept names item {bad[0]}, there are {n}", hint="pass ids of these scores")
+    return array.astype(np.int64)
+
+
 def select(
     scores: ArrayLike,
     budget: Budget | float | int | str,
@@ -78,7 +101,8 @@ def select(
     kept
         Ids chosen the last time. Together with `bonus` they make the choice calm.
     bonus
-        A newcomer replaces a kept item only when its score is more than ``1 + bonus`` times as high.
+        A newcomer replaces a kept item only when its score (for a size: per byte) is more than ``1 + bonus`` times as
+        high; 0 is off, and `kept` then changes nothing.
 
     Raises
     ------
@@ -98,32 +122,27 @@ def select(
     """
     score = _scores(scores, "scores")
     limit = Budget.of(budget)
-    if bonus < 0:
-        raise InputError(f"bonus must not be negative, got {bonus}", hint="0 turns it off")
+    if not 0 <= bonus < np.inf:
+        raise InputError(f"bonus must be finite and not negative, got {bonus}", hint="0 turns it off")
     if limit.kind == "bytes" and costs is None:
-        raise InputError("a size budget needs the bytes per item", hint="pass costs=")
-    cost = np.broadcast_to(np.asarray(1.0 if costs is None else costs, np.float64), score.shape)
-    if np.any(~np.isfinite(cost) | (cost <= 0)):
-        raise InputError("costs must be finite and positive", hint="drop items that cost nothing")
+        raise InputError(f"a budget of {limit} needs the bytes per item", hint="pass costs=")
+    cost = _costs(1.0 if costs is None else costs, len(score))
 
-    rank = score.copy()
+    rank = score / cost if limit.kind == "bytes" else score.copy()
     if kept is not None:
-        ids = np.asarray(kept, np.int64).reshape(-1)
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(score)):
-            raise InputError(f"kept names item {ids.max()}, there are {len(score)}", hint="pass ids of these scores")
-        rank[ids] *= 1 + bonus
-    if limit.kind == "bytes":
-        rank = rank / cost
+        ids = _kept(kept, len(score))
+        if bonus:
+            rank[ids] = np.nextafter(rank[ids] * (1 + bonus), np.inf)  # a tie stays with the kept
     order = np.argsort(-rank, kind="stable")
 
     total = float(score.sum())
     if limit.kind == "coverage":
         covered = np.cumsum(score[order])
-        count = int(np.searchsorted(covered, limit.value * total * (1 - 1e-12))) + 1 if limit.value * total > 0 else 0
+        count = int(np.searchsorted(covered, limit.value * covered[-1] * (1 - 1e-12))) + 1 if limit.value * total else 0
     elif limit.kind == "bytes":
         count = int(np.searchsorted(np.cumsum(cost[order]), limit.value, side="right"))
     elif limit.kind == "share":
-        count = int(limit.value * len(score) + 1e-9)
+        count = int(limit.value * len(score) * (1 + 1e-12))
     else:
         count = int(limit.value)
     chosen = order[: min(count, len(order))]

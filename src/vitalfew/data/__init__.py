@@ -1,0 +1,64 @@
+"""Logs of clicks: read them, choose what each column is for, encode them, and draw batches.
+
+Importing this package loads neither Arrow nor numba; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitalfew.data.infer import infer_schema
+    from vitalfew.data.batches import Batches
+    from vitalfew.data.encode import Encoder
+    from vitalfew.data.encoded import Encoded
+    from vitalfew.data.log import EncodedLog, write_log
+    from vitalfew.data.readers import LogReader, open_log
+    from vitalfew.data.schema import Column, Schema
+    from vitalfew.data.split import is_test, time_cutoff
+    from vitalfew.data.vocabulary import Direct, Hashed, Vocabulary, VocabularyBuilder
+
+__all__ = [
+    "Batches",
+    "Column",
+    "Direct",
+    "Encoded",
+    "EncodedLog",
+    "Encoder",
+    "Hashed",
+    "LogReader",
+    "Schema",
+    "Vocabulary",
+    "VocabularyBuilder",
+    "infer_schema",
+    "is_test",
+    "open_log",
+    "time_cutoff",
+    "write_log",
+]
+
+_NAMES_IN = {
+    "infer": ("infer_schema",),
+    "batches": ("Batches",),
+    "encode": ("Encoder",),
+    "encoded": ("Encoded",),
+    "log": ("EncodedLog", "write_log"),
+    "readers": ("LogReader", "open_log"),
+    "schema": ("Column", "Schema"),
+    "split": ("is_test", "time_cutoff"),
+    "vocabulary": ("Direct", "Hashed", "Vocabulary", "VocabularyBuilder"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

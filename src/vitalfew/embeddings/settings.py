@@ -1,0 +1,132 @@
+"""What to train, in plain numbers, and the model they make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitalfew.core import InputError
+from vitalfew.embeddings.baseline import TorchBags
+from vitalfew.embeddings.models import DLRM
+from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad
+from vitalfew.embeddings.tables import EmbeddingBags, Table
+
+__all__ = ["Settings", "build", "dense_optimizer"]
+
+_STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_RULES: dict[str, type[Optimizer]] = {
+    "sgd": SGD,
+    "adagrad": Adagrad,
+    "rowwise_adagrad": RowwiseAdagrad,
+    "adam": LazyAdam,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train a DLRM.
+
+    Attributes
+    ----------
+    dim
+        Width of the rows.
+    bottom, top
+        Widths of the hidden layers below and above the dot products.
+    optimizer, lr
+        Rule of rows and dense layers alike: ``sgd``, ``adagrad``, ``rowwise_adagrad`` (dense layers: adagrad) or
+        ``adam`` (rows: lazy Adam).
+    batch_size, epochs, seed
+        The seed gives the first weights and the order of the data.
+    storage
+        Of the rows: float32, bfloat16 or float16.
+
+    Examples
+    --------
+    >>> Settings(dim=8).batch_size
+    1024
+    """
+
+    dim: int = 16
+    bottom: tuple[int, ...] = (256, 64)
+    top: tuple[int, ...] = (256, 64)
+    optimizer: str = "adagrad"
+    lr: float = 0.02
+    batch_size: int = 1024
+    epochs: int = 1
+    seed: int = 0
+    storage: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}", hint="see --help")
+        if self.storage not in _STORAGE:
+            raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(_STORAGE)}")
+        self.rule()
+
+    def rule(self) -> Optimizer:
+        """Return the update rule of the rows."""
+        rules: dict[str, type[Optimizer]] = {
+            "sgd": SGD,
+            "adagrad": Adagrad,
+            "rowwise_adagrad": RowwiseAdagrad,
+            "adam": LazyAdam,
+        }
+        if self.optimizer not in _RULES:
+            raise InputError(f"there is no optimizer {self.optimizer!r}", hint=f"choose one of {', '.join(_RULES)}")
+        return _RULES[self.optimizer](lr=self.lr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Build from `to_dict`'s output; an unknown key is an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise InputError(f"there is no setting {min(unknown)!r}", hint=f"there are {', '.join(sorted(known))}")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+def build(num_rows: Mapping[str, int], num_dense: int, settings: Settings, *, plain: bool = False) -> DLRM:
+    """Build the model; `plain` takes PyTorch's own tables, with the same first weights.
+
+    Parameters
+    ----------
+    num_rows
+        Rows per feature, in the order of the input.
+    num_dense
+        Number of dense inputs.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    tables = [Table(name, rows, settings.dim) for name, rows in num_rows.items()]
+    bags: EmbeddingBags | TorchBags
+    if plain:
+        bags = TorchBags(tables, generator=generator)
+    else:
+        storage = _STORAGE[settings.storage]
+        bags = EmbeddingBags(tables, settings.rule(), dtype=storage, generator=generator, seed=settings.seed)
+    return DLRM(
+        bags,
+        dense_in=num_dense,
+        bottom=(*settings.bottom, settings.dim),
+        top=(*settings.top, 1),
+        generator=generator,
+    )
+
+
+def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Return the torch optimizer of all layers but the tables, by the same rule."""
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("tables.")]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr)
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=settings.lr)
+    return torch.optim.Adagrad(parameters, lr=settings.lr)

@@ -1,0 +1,9 @@
+"""Charts as SVG texts: pure functions of the receipt's parts, coloured by the page they stand in."""
+
+from __future__ import annotations
+
+from vitalfew.report.charts.coverage import coverage_chart
+from vitalfew.report.charts.pairs import pairs_chart
+from vitalfew.report.charts.ratios import ladder_chart, prediction_chart
+
+__all__ = ["coverage_chart", "ladder_chart", "pairs_chart", "prediction_chart"]
