@@ -6,7 +6,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -111,7 +111,7 @@ def test_page_is_balanced_and_every_picture_stays_in_its_frame(receipt: Receipt)
     balance.feed(page)
     assert balance.open == []
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
-        root = ElementTree.fromstring(svg)
+        root = ET.fromstring(svg)
         _, _, width, height = map(float, root.attrib["viewBox"].split())
         for element in root.iter():
             for name, limit in {"x": width, "x1": width, "x2": width, "cx": width, "y": height, "cy": height}.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -13,8 +13,8 @@ from vitalfew.report.charts import coverage_chart, ladder_chart, pairs_chart, pr
 from vitalfew.report.charts.svg import Axis, spaced, text_width
 
 
-def elements(svg: str, tag: str, class_: str) -> list[ElementTree.Element]:
-    root = ElementTree.fromstring(svg)
+def elements(svg: str, tag: str, class_: str) -> list[ET.Element]:
+    root = ET.fromstring(svg)
     return [e for e in root.iter("{http://www.w3.org/2000/svg}" + tag) if class_ in e.get("class", "").split()]
 
 

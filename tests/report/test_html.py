@@ -10,6 +10,7 @@ import pytest
 
 from vitalfew.core import InputError, Pair, Receipt
 from vitalfew.report import html, write_html
+from vitalfew.report.tables import work_of
 
 
 def test_no_text_can_become_markup(hostile: Receipt) -> None:
@@ -36,7 +37,8 @@ def test_numbers_are_the_receipts(receipt: Receipt) -> None:
         expected |= {pair.base_cost, pair.few_cost, pair.base_quality, pair.few_quality}
     for prediction in receipt.predictions:
         expected |= {prediction.predicted, prediction.measured}
-    expected |= {curve.num_items for curve in receipt.curves}
+    for curve in receipt.curves:
+        expected |= {curve.num_items, work_of(curve, 0.01), work_of(curve, 0.1)}
     assert shown == expected - {None}
 
 

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitalfew.data.infer import infer_schema
     from vitalfew.data.batches import Batches
     from vitalfew.data.encode import Encoder
     from vitalfew.data.encoded import Encoded
+    from vitalfew.data.infer import infer_schema
     from vitalfew.data.log import EncodedLog, write_log
     from vitalfew.data.readers import LogReader, open_log
     from vitalfew.data.schema import Column, Schema

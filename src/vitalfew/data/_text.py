@@ -16,8 +16,7 @@ from vitalfew.data._criteo import criteo_types, whole_rows
 
 __all__ = ["TextFile"]
 
-_PEEK_BYTES = 1 << 20  # types are inferred from this much text
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20  # types are inferred from the first block; Arrow reads eight ahead
 _GZIP_MAGIC = b"\x1f\x8b"
 _BAD_VALUE = re.compile(r"In CSV column #(\d+).* conversion error to ([^:]+): invalid value '(.*)'", re.DOTALL)
 _NOUN = {"int64": "whole number", "double": "number", "bool": "truth value"}
@@ -39,10 +38,11 @@ class TextFile:
         self._skip = skip_bad_rows
         if self.num_bytes == 0:
             raise InputError(f"`{path}` is empty", hint="check that it was written to its end")
+        self.columns: tuple[str, ...] = ()
         self.types: dict[str, pa.DataType] = {}
         self.types, self.has_rows = self._peek()
         self.types |= {name: pa.string() for name in text if name in self.types}
-        self.columns: tuple[str, ...] = tuple(self.types)
+        self.columns = tuple(self.types)
         self.num_bad_rows = 0
 
     def batches(
@@ -70,19 +70,19 @@ class TextFile:
             with pa.CompressedInputStream(raw, "gzip") as stream:
                 yield raw, stream
 
-    def _pieces(self, stream: pa.NativeFile, block_bytes: int = _BLOCK_BYTES) -> Iterator[pa.NativeFile]:
+    def _pieces(self, stream: pa.NativeFile) -> Iterator[pa.NativeFile]:
         """Return what is parsed in one go: the whole text, or blocks whose ragged rows are filled up."""
         if not self._criteo:
             yield stream
             return
         try:
-            for block in whole_rows(stream, len(self.types), block_bytes):
+            for block in whole_rows(stream, len(self.types), _BLOCK_BYTES):
                 yield pa.BufferReader(block)
         except (pa.ArrowException, OSError) as error:
             raise self._explain(error, None) from None
 
     def _parse(
-        self, stream: pa.NativeFile, kinds: Mapping[str, pa.DataType] | None, block_bytes: int = _BLOCK_BYTES
+        self, stream: pa.NativeFile, kinds: Mapping[str, pa.DataType] | None
     ) -> Iterator[pa.RecordBatch]:
         """Parse text into batches of the columns in `kinds`; without it, of all columns with inferred types."""
         bad_row: list[pc_csv.InvalidRow] = []
@@ -99,7 +99,7 @@ class TextFile:
                 stream,
                 # One thread reads 250 MB/s, and only then are the lines numbered for the messages.
                 read_options=pc_csv.ReadOptions(
-                    use_threads=False, block_size=block_bytes, column_names=list(self.types) if self._criteo else None
+                    use_threads=False, block_size=_BLOCK_BYTES, column_names=list(self.types) if self._criteo else None
                 ),
                 parse_options=pc_csv.ParseOptions(
                     delimiter=self._delimiter,
@@ -121,14 +121,15 @@ class TextFile:
         try:
             with self._open() as (_, stream):
                 if self._criteo:
-                    head = stream.read(_PEEK_BYTES)
+                    head = stream.read(_BLOCK_BYTES)
                     return criteo_types(head), bool(head.strip())
-                block = next(self._parse(stream, None, _PEEK_BYTES), None)
-        except (pa.ArrowException, OSError) as error:
+                with contextlib.closing(self._parse(stream, None)) as blocks:
+                    block = next(blocks, None)
+            if block is None:
+                return {}, False
+            names = block.schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._explain(error, None) from None
-        if block is None:
-            raise InputError(f"`{self.path}` has a header but no rows", hint="check that it was written to its end")
-        names = block.schema.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise InputError(f"`{self.path}` has two columns named `{twice[0]}`", hint="give each column its own name")
@@ -161,7 +162,8 @@ class TextFile:
         if isinstance(error, UnicodeDecodeError) or "UTF8" in message or "UTF-8" in message:
             return self._not_utf8(f"`{self.path}`")
         if value := _BAD_VALUE.search(message):
-            name = self.columns[int(value[1])]
+            # A value of the first block fails before the names are known.
+            name = self.columns[int(value[1])] if self.columns else f"number {int(value[1]) + 1}"
             return InputError(
                 f"column `{name}` of `{self.path}` holds {value[3]!r}, which is no {_NOUN.get(value[2], value[2])}",
                 hint=f"repair it, name `{name}` a numeric column, or read it as text: open_log(..., text=[{name!r}])"

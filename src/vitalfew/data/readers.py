@@ -78,10 +78,11 @@ def open_log(
         ParquetFile(file) if kind == "parquet" else TextFile(file, kind, skip_bad_rows=bad_rows == "skip", text=text)
         for file, kind in formats.items()
     ]
+    log = LogReader(files)
     for name in text:
-        if name not in files[0].types:
-            raise unknown_column(name, files[0].columns, f"`{files[0].path}`")
-    return LogReader(files)
+        if name not in log.types:
+            raise unknown_column(name, log.columns, f"`{log.name}`")
+    return log
 
 
 class LogReader:
@@ -107,11 +108,11 @@ class LogReader:
         for name in first.columns:
             if first.columns.count(name) > 1:
                 raise InputError(f"`{first.path}` has two columns named `{name}`", hint="give each its own name")
-        for file in files:
+        self._files = [file for file in files if _has_rows(file)]
+        for file in self._files:
             for name in first.columns:
                 if name not in file.types:
                     raise unknown_column(name, file.columns, f"`{file.path}`")
-        self._files = [file for file in files if _has_rows(file)]
         self.columns = first.columns
         self.types = dict(first.types)
         self.is_text = first.is_text

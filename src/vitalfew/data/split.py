@@ -60,8 +60,9 @@ def time_cutoff(
     first, last = int(values.min()), int(values.max())
     if first == last:
         raise InputError(f"the time `{column}` is {first} in every row", hint="leave --time out to split at random")
-    at = min(int(np.ceil((1 - test_share) * len(values))), len(values)) - 1
-    cutoff = int(np.partition(values, max(at, 0))[max(at, 0)])
+    num_test = int(test_share * len(values) + 1e-6)  # 0.99 * 1000 may fall just short of 990
+    at = max(len(values) - num_test, 1) - 1
+    cutoff = int(np.partition(values, at)[at])
     if cutoff == last:
         cutoff = int(values[values < last].max())
     return cutoff, sample.exact

@@ -126,6 +126,38 @@ def _close_for(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any) -> A
 
 
 @njit(parallel=True, nogil=True, cache=True)
+def gather(weight: Any, storage: Any, ids: Any, base: Any, rows: Any, out: Any, row_of: Any, threads: Any) -> Any:
+    """Copy one row per sample and feature: `pool` for the common case, without bags.
+
+    `ids` has shape (samples, F), `out` (samples * F, dim). `row_of`, shape (F, samples), gets the rows by feature:
+    where every feature has a table of its own that is the order the update wants. Returns as `pool` does.
+    """
+    samples, features = ids.shape
+    dim = weight.shape[1]
+    wrong = np.full(threads, -1, np.int64)
+    for t in prange(threads):
+        buffer = np.empty(dim, np.float32)
+        for b in range(samples * t // threads, samples * (t + 1) // threads):
+            for f in range(features):
+                if b + 1 < samples and np.uint64(ids[b + 1, f]) < np.uint64(rows[f]):
+                    _prefetch(weight, base[f] + ids[b + 1, f])
+                if np.uint64(ids[b, f]) >= np.uint64(rows[f]):
+                    if wrong[t] < 0:
+                        wrong[t] = b * features + f
+                    continue
+                row = np.uint64(base[f] + ids[b, f])
+                row_of[f, b] = np.int64(row)
+                values = _open(weight, row, buffer, storage)
+                target = out[np.uint64(b * features + f)]
+                for d in range(dim):
+                    target[d] = values[d]
+    for t in range(threads):
+        if wrong[t] >= 0:
+            return wrong[t]
+    return np.int64(-1)
+
+
+@njit(parallel=True, nogil=True, cache=True)
 def pool(
     weight: Any, storage: Any, ids: Any, offsets: Any, scales: Any, mean: Any, base: Any, rows: Any,
     out: Any, row_of: Any, bag_of: Any, scale_of: Any, threads: Any,
@@ -230,7 +262,8 @@ def update(
     """Update every touched row once from the sum of its gradients; returns how many rows that were.
 
     `rates` holds rate, eps, beta1, beta2 and weight decay. The kind `NORM` writes no row: it leaves the sum of squares
-    of each bucket's summed gradients in `squares`. Scratch: `order`, `row_in_order` and `following` are as long as
+    of each bucket's summed gradients in `squares`. With an empty `order` bucket b is feature b of
+    ``len(starts) - 1``, as `gather` leaves the rows. Scratch: `order`, `row_in_order` and `following` are as long as
     the lookups, `slots` (all zero, before and after), `heads`, `tails`, `rows` and `where` have a line per thread.
     """
     dim = weight.shape[1]
@@ -278,14 +311,15 @@ def update(
                         _prefetch(wide1, ahead)
                         if kind == 3:
                             _prefetch(wide2, ahead)
-                    i = np.int64(order[head[u + _AHEAD]])
+                    k = np.int64(head[u + _AHEAD])
+                    i = np.int64(order[k]) if len(order) else (k - first) * buckets + bucket
                     _prefetch(grad, np.int64(bag_of[i]) if len(bag_of) else i)
                 slot[home[u]] = 0
                 for d in range(dim):
                     total[d] = np.float32(0)
                 k = np.int64(head[u])
                 while k >= 0:
-                    i = np.uint64(order[k])
+                    i = np.uint64(order[k] if len(order) else (k - first) * buckets + bucket)
                     source = grad[np.uint64(bag_of[i]) if len(bag_of) else i]
                     if len(scale_of):
                         for d in range(dim):

@@ -49,6 +49,11 @@ class Layout:
     num_rows: NDArray[np.int64]
     mean: NDArray[np.bool_]
 
+    @property
+    def shared(self) -> bool:
+        """Whether two features look rows up in the same place."""
+        return len(np.unique(self.base)) < len(self.base)
+
 
 @dataclass(slots=True)
 class Counts:
@@ -63,11 +68,21 @@ class Counts:
 
 @dataclass(slots=True)
 class _Lookups:
-    """One forward's lookups: row and, where they say something, bag and scale of each."""
+    """One forward's lookups: row and, where they say something, bag and scale of each.
+
+    With `features` the rows stand feature by feature, and the lookup of sample b and feature f is bag
+    ``b * features + f``; with 0 they stand in sample order.
+    """
 
     row_of: NDArray[np.int64]
     bag_of: NDArray[np.int32]
     scale_of: NDArray[np.float32]
+    features: int = 0
+
+    def in_sample_order(self) -> NDArray[np.int64]:
+        if not self.features:
+            return self.row_of
+        return np.ascontiguousarray(self.row_of.reshape(self.features, -1).T).reshape(-1)
 
 
 @dataclass(slots=True)
@@ -176,18 +191,27 @@ class Rows:
             raise InputError(
                 f"{num_bags} bags do not divide among {features} features", hint="bag = sample * features + feature"
             )
-        scaled = scales is not None or (offsets is not None and bool(layout.mean.any()))
-        seen = _Lookups(
-            np.empty(len(flat), np.int64),
-            _NONE_I32 if offsets is None else np.empty(len(flat), np.int32),
-            np.empty(len(flat), np.float32) if scaled else _NONE_F32,
-        )
-        out = np.empty((num_bags, self.weight.shape[1]), np.float32)
-        with _KERNELS:
-            wrong = kernels.pool(
-                _array(self.weight), _STORAGE[self.weight.dtype], flat, edges, weights,
-                layout.mean, layout.base, layout.num_rows, out, seen.row_of, seen.bag_of, seen.scale_of, _threads(),
-            )  # fmt: skip
+        n, dim = len(flat), self.weight.shape[1]
+        out = np.empty((num_bags, dim), np.float32)
+        weight, storage, threads = _array(self.weight), _STORAGE[self.weight.dtype], _threads()
+        if offsets is None and scales is None and not layout.shared:
+            seen = _Lookups(np.empty(n, np.int64), _NONE_I32, _NONE_F32, features)
+            row_of = seen.row_of.reshape(features, -1)
+            table = flat.reshape(-1, features)
+            with _KERNELS:
+                wrong = kernels.gather(weight, storage, table, layout.base, layout.num_rows, out, row_of, threads)
+        else:
+            scaled = scales is not None or (offsets is not None and bool(layout.mean.any()))
+            seen = _Lookups(
+                np.empty(n, np.int64),
+                _NONE_I32 if offsets is None else np.empty(n, np.int32),
+                np.empty(n, np.float32) if scaled else _NONE_F32,
+            )
+            with _KERNELS:
+                wrong = kernels.pool(
+                    weight, storage, flat, edges, weights, layout.mean, layout.base, layout.num_rows,
+                    out, seen.row_of, seen.bag_of, seen.scale_of, threads,
+                )  # fmt: skip
         if wrong >= 0:
             bag = wrong if offsets is None else int(np.searchsorted(edges, wrong, side="right")) - 1
             f = bag % features
@@ -272,7 +296,7 @@ class Rows:
                 scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
             start += len(grad)
         return _Lookups(
-            np.concatenate([p.row_of for p in parts]),
+            np.concatenate([p.in_sample_order() for p in parts]),
             np.concatenate(bag_of),
             np.concatenate(scale_of) if any_scale else _NONE_F32,
         ), torch.cat([grad for _, grad in self._pending])
@@ -282,27 +306,32 @@ class Rows:
 
         lookups, grad = self._merged()
         n, threads, get = len(lookups.row_of), _threads(), self._scratch.get
-        buckets = 1 << max(0, (n // kernels.BUCKET).bit_length())
-        order, row_in_order = get("order", (n,), np.int32), get("row_in_order", (n,), np.int64)
-        following, starts = get("following", (n,), np.int32), get("starts", (buckets + 1,), np.int64)
+        following = get("following", (n,), np.int32)
+        if lookups.features >= 2 * threads or lookups.features == threads == 1:
+            order, rows = _NONE_I32, lookups.row_of
+            largest = n // lookups.features
+            starts = np.arange(lookups.features + 1) * largest
+        else:
+            order, rows = get("order", (n,), np.int32), get("row_in_order", (n,), np.int64)
+            starts = np.empty((1 << (n // kernels.BUCKET).bit_length()) + 1, np.int64)
+            with _KERNELS:
+                largest = int(kernels.partition(lookups.in_sample_order(), order, rows, starts, threads))
         rate, eps, beta1, beta2 = self.optimizer.scalars(max(self.counts.steps, 1))
         none = np.empty((0, 0), np.float32)
         wide = [*map(_array, self.wide), none, none]
-        squares = np.zeros(buckets)
+        squares = np.zeros(len(starts) - 1)
         dice = np.uint64((self.seed * 0x9E3779B97F4A7C15 + self.counts.steps * 0xD1342543DE82EF95) % 2**64)
         with _KERNELS:
-            largest = kernels.partition(lookups.row_of, order, row_in_order, starts, threads)
-            slots = 2 << max(1, int(largest)).bit_length()
             touched = kernels.update(
                 kernels.NORM if norm else self.optimizer.kind,
                 _array(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
                 _array(self.narrow[0]) if self.narrow else none,
                 np.array([rate, eps, beta1, beta2, self.optimizer.weight_decay], np.float32), dice,
                 lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(self._scale),
-                order, row_in_order, starts, following,
-                get("slots", (threads, slots), np.int32),
-                get("heads", (threads, int(largest)), np.int32), get("tails", (threads, int(largest)), np.int32),
-                get("rows", (threads, int(largest)), np.int64), get("where", (threads, int(largest)), np.uint64),
+                order, rows, starts, following,
+                get("slots", (threads, 2 << largest.bit_length()), np.int32),
+                get("heads", (threads, largest), np.int32), get("tails", (threads, largest), np.int32),
+                get("rows", (threads, largest), np.int64), get("where", (threads, largest), np.uint64),
                 squares, threads,
             )  # fmt: skip
         return float(squares.sum()) if norm else float(touched)
@@ -315,7 +344,7 @@ class Rows:
         out = np.empty(len(flat), np.float32)
         with _KERNELS:
             kernels.scale_gradients(
-                _array(self.weight), _STORAGE[self.weight.dtype], lookups.row_of, lookups.bag_of,
+                _array(self.weight), _STORAGE[self.weight.dtype], lookups.in_sample_order(), lookups.bag_of,
                 divisor.astype(np.float32), grad.numpy(), out, _threads(),
             )  # fmt: skip
         return torch.from_numpy(out).reshape(scales.shape).to(scales.dtype)

@@ -71,12 +71,6 @@ class Settings:
 
     def rule(self) -> Optimizer:
         """Return the update rule of the rows."""
-        rules: dict[str, type[Optimizer]] = {
-            "sgd": SGD,
-            "adagrad": Adagrad,
-            "rowwise_adagrad": RowwiseAdagrad,
-            "adam": LazyAdam,
-        }
         if self.optimizer not in _RULES:
             raise InputError(f"there is no optimizer {self.optimizer!r}", hint=f"choose one of {', '.join(_RULES)}")
         return _RULES[self.optimizer](lr=self.lr)

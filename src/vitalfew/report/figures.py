@@ -6,7 +6,7 @@ import math
 import re
 
 from vitalfew.core import Quality, Receipt
-from vitalfew.meter.figure import human
+from vitalfew.meter import human
 
 __all__ = ["amount", "change", "clean", "factor", "headline", "interval", "log_ratio", "signed", "span"]
 

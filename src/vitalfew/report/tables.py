@@ -184,7 +184,7 @@ def tables(receipt: Receipt) -> dict[str, Table]:
             "What | Predicted | Measured | Measured is",
             map(_prediction, receipt.predictions),
         ),
-        _table("coverage", "Where the work goes", "Items of | Number | Top 1 % do | Top 10 % do", map(_curve, skewed)),
+        _table("coverage", "Coverage", "Items of | Number | Top 1 % do | Top 10 % do", map(_curve, skewed)),
         _table(
             "declined",
             "Looked at and declined",

@@ -82,7 +82,7 @@ def pairs_chart(pairs: Sequence[Pair], quality: Quality | None = None, rule: str
 
     left = Axis.over([0.0, *logs, *(ends or ())], *_LEFT, pad=0.06, least=math.log(1.1))
     tolerance = quality.tolerance if quality else 0.0
-    mean = quality.difference if quality else math.fsum(falls) / len(falls)
+    mean = quality.difference if quality else sum(fall / len(falls) for fall in falls)
     span: tuple[float, float] | None = None
     if quality and quality.low is not None and quality.high is not None:
         span = quality.low, quality.high

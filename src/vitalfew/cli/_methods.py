@@ -1,0 +1,22 @@
+"""What is built, and where it comes from."""
+
+from __future__ import annotations
+
+METHODS: list[dict[str, str]] = [
+    {
+        "job": "embeddings",
+        "method": "fused rows",
+        "does": "updates only the rows a batch touches, inside backward, without building a gradient",
+        "use": "vitalfew train; EmbeddingBags; wrap(model)",
+        "after": "FBGEMM's table-batched embeddings; rowwise Adagrad: Duchi et al. 2011, Mudigere et al. 2021",
+        "card": "docs/methods/fused-rows.md",
+    },
+    {
+        "job": "embeddings",
+        "method": "half-width rows",
+        "does": "keeps rows as bfloat16 or float16 with stochastic rounding, state in float32",
+        "use": "vitalfew train --storage bfloat16; EmbeddingBags(dtype=)",
+        "after": "Gupta et al. 2015 (stochastic rounding)",
+        "card": "docs/methods/half-width-rows.md",
+    },
+]
