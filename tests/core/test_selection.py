@@ -127,6 +127,13 @@ def test_a_coverage_is_reached_by_the_fewest(scores, percent):
     assert len(few) == fewest
 
 
+@pytest.mark.parametrize("percent", range(101))
+def test_a_coverage_that_is_a_whole_number_of_items_takes_just_that_many(percent):
+    budget = Budget.cover(percent / 100)
+    assert len(select(np.ones(100), budget)) == percent  # 0.07 * 100 is a little above 7
+    assert len(select(np.full(100, 0.1), budget)) == percent  # and their sum a little below 10
+
+
 @given(st.lists(WHOLE, min_size=1, max_size=8), st.integers(0, 9))
 def test_a_count_takes_the_most_work_there_is(scores, count):
     best = max(sum(ids) for ids in combinations(scores, min(count, len(scores))))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 
 import numpy as np
 import pyarrow as pa
@@ -130,16 +130,19 @@ def test_only_rows_up_to_the_cutoff_are_learned(parquet):
     one, other = encode_all(until, log), encode_all(alone, log)
     assert (one.ids == other.ids).all()
     np.testing.assert_allclose(one.dense, other.dense, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="no row of .* has a time up to -1"):
+    with pytest.raises(InputError, match=r"no row of .* has a time up to -1"):
         Encoder.fit(log, schema_of(), until=-1)
     with pytest.raises(InputError, match="until needs a time"):
         Encoder.fit(log, schema_of(time=None), until=1)
+    with pytest.raises(InputError, match="test_share splits without one"):
+        Encoder.fit(log, schema_of(), until=1, test_share=0.2)
 
 
-def test_rows_held_back_at_random_are_not_learned(parquet):
+@pytest.mark.parametrize("time", [None, "day"])
+def test_rows_held_back_at_random_are_not_learned(parquet, time):
     columns = log_columns()
     kept = ~is_test(np.arange(N), 0.3, seed=5)
-    encoder = Encoder.fit(parquet(columns), schema_of(time=None), test_share=0.3, seed=5)
+    encoder = Encoder.fit(parquet(columns), schema_of(time=time), test_share=0.3, seed=5)
     assert sum(encoder.label_counts) == kept.sum()
     assert encoder.counts["user"].sum() == kept.sum()
 
@@ -242,7 +245,13 @@ def test_text_and_numbers_are_not_mixed_up(parquet, write):
 
 @pytest.mark.parametrize(
     ("label", "expected"),
-    [([True, False], [1, 0]), ([-1, 1], [0, 1]), ([0.0, 1.0], [0, 1]), (["true", "False"], [1, 0]), (["1", "-1"], [1, 0])],
+    [
+        ([True, False], [1, 0]),
+        ([-1, 1], [0, 1]),
+        ([0.0, 1.0], [0, 1]),
+        (["true", "False"], [1, 0]),
+        (["1", "-1"], [1, 0]),
+    ],
 )
 def test_labels(parquet, label, expected):
     log = parquet({"click": label * 5, "user": ["a", "b"] * 5})
@@ -284,6 +293,6 @@ def test_times_of_a_text_file_may_gain_a_fraction(write):
     log = open_log(write("click,user,when\n" + rows + "1,u1,2024-01-01 00:00:59.500\n"))
     encoder = Encoder.fit(log, infer_schema(log, label="click", time="when"))
     time = np.concatenate([encoder.encode(batch).time for batch in encoder.batches(log)])
-    start = int(datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC).timestamp() * 1e6)
+    start = int(dt.datetime(2024, 1, 1, tzinfo=dt.UTC).timestamp() * 1e6)
     assert time[-1] - start == 59_500_000
     assert time[1] - start == 1_000_000

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,7 +17,9 @@ def columns(n=N):
     return {
         "click": np.arange(n) % 3 % 2,
         "user": [f"u{i}" for i in range(n)],
-        "tags": pa.array([[int(v) for v in rng.integers(0, 9, k)] for k in rng.integers(0, 4, n)], pa.list_(pa.int64())),
+        "tags": pa.array(
+            [[int(v) for v in rng.integers(0, 9, k)] for k in rng.integers(0, 4, n)], pa.list_(pa.int64())
+        ),
         "price": rng.normal(size=n),
         "row": np.arange(n),
     }
@@ -88,7 +92,11 @@ def test_large_tables_have_wide_ids(parquet, tmp_path):
     [
         ([0, 1] * 500, 999, "the test slice is empty"),
         ([0, 1] * 500, -1, "the train slice is empty"),
-        ([1] * 500 + [0, 1] * 250, 499, "all 500 rows of the train slice have the label 1 in `click`; AUC is undefined"),
+        (
+            [1] * 500 + [0, 1] * 250,
+            499,
+            "all 500 rows of the train slice have the label 1 in `click`; AUC is undefined",
+        ),
         ([0, 1] * 250 + [0] * 500, 499, "all 500 rows of the test slice have the label 0"),
     ],
 )
@@ -131,13 +139,15 @@ def stream(batches, epoch, start=0):
     return [batch.time.tolist() for batch in batches.epoch(epoch, start)]
 
 
-@pytest.mark.parametrize(("batch_size", "block_rows", "blocks"), [(64, 50, 3), (7, 64, 16), (300, 10, 2), (5000, 33, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "block_rows", "blocks"), [(64, 50, 3), (7, 64, 16), (300, 10, 2), (5000, 33, 4)]
+)
 def test_every_row_once_and_resume_equals_the_tail(logs, batch_size, block_rows, blocks):
     train, *_ = logs
     batches = Batches(train, batch_size, seed=1, block_rows=block_rows, blocks_in_memory=blocks)
     whole = stream(batches, 0)
     assert len(whole) == len(batches)
-    assert sorted(sum(whole, [])) == list(range(800))
+    assert sorted(itertools.chain(*whole)) == list(range(800))
     assert {len(batch) for batch in whole[:-1]} <= {batch_size}
     assert stream(batches, 0) == whole
     assert stream(batches, 1) != whole
@@ -159,7 +169,7 @@ def test_batches_carry_whole_rows(logs):
 def test_file_order(logs):
     train, *_ = logs
     batches = Batches(train, 64, shuffle=False)
-    assert sum(stream(batches, 0), []) == list(range(800))
+    assert list(itertools.chain(*stream(batches, 0))) == list(range(800))
     assert stream(batches, 0, 5) == stream(batches, 0)[5:]
 
 

@@ -42,9 +42,7 @@ def test_the_number_of_empty_cells(real_logs):
     log = open_log(real_logs / "criteo" / "kaggle_tiny_train.csv.gz")
     schema = infer_schema(log, label="Label", categorical=[f"C{i}" for i in range(1, 27)], ignore=["Id"])
     encoder = Encoder.fit(log, schema, min_count=1)
-    numeric = Encoder.fit(
-        log, infer_schema(log, label="Label", numeric=[f"I{i}" for i in range(1, 14)], ignore=["Id"])
-    )
+    numeric = Encoder.fit(log, infer_schema(log, label="Label", numeric=[f"I{i}" for i in range(1, 14)], ignore=["Id"]))
     empty = sum(int(encoder.counts[f"C{i}"][0]) for i in range(1, 27)) + sum(numeric.num_missing.values())
     assert empty == 11_626
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 
 import pyarrow as pa
 import pytest
@@ -33,7 +33,7 @@ def test_each_type_has_its_kind_and_reason(parquet):
             "country": ["ch"] * N,
             "mobile": [i % 3 == 0 for i in range(N)],
             "nothing": pa.nulls(N),
-            "when": [datetime.datetime(2024, 1, 1) + datetime.timedelta(i) for i in range(N)],
+            "when": [dt.datetime(2024, 1, 1, tzinfo=dt.UTC) + dt.timedelta(i) for i in range(N)],
             "tags": [[i, i + 1] for i in range(N)],
             "vector": [[0.5] for _ in range(N)],
             "nested": [{"a": 1} for _ in range(N)],

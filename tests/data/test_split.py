@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +35,13 @@ def test_rows_of_one_time_stay_together_and_no_slice_is_empty(parquet):
 def test_times_of_a_text_file(write):
     log = open_log(write("t,x\n" + "".join(f"2024-01-{day:02}T10:00:00Z,1\n" for day in range(1, 11))))
     cutoff, _ = time_cutoff(log, "t", 0.1)
-    assert cutoff == int(datetime.datetime(2024, 1, 9, 10, tzinfo=datetime.UTC).timestamp() * 1e6)
+    assert cutoff == int(dt.datetime(2024, 1, 9, 10, tzinfo=dt.UTC).timestamp() * 1e6)
 
 
 def test_every_kind_of_time_keeps_its_order():
-    stamps = [datetime.datetime(2024, 5, 31, 12, 0, second) for second in (1, 3, 2)]
-    micro = [int(stamp.replace(tzinfo=datetime.UTC).timestamp() * 1e6) for stamp in stamps]
+    aware = [dt.datetime(2024, 5, 31, 12, 0, second, tzinfo=dt.UTC) for second in (1, 3, 2)]
+    micro = [int(stamp.timestamp() * 1e6) for stamp in aware]
+    stamps = [stamp.replace(tzinfo=None) for stamp in aware]
     for array in (
         pa.array(stamps),
         pa.array(stamps, pa.timestamp("ns")),
@@ -99,3 +100,5 @@ def test_random_slices_depend_on_seed_and_row_only():
     assert (is_test(rows[500:600], 0.2, seed=3) == held_back[500:600]).all()
     assert (is_test(rows, 0.2, seed=4) != held_back).mean() > 0.2
     assert not (held_back & ~is_test(rows, 0.3, seed=3)).any()
+    with pytest.raises(InputError, match="seed must be 0 or more, got -1"):
+        is_test(rows, 0.2, seed=-1)

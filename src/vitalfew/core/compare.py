@@ -103,6 +103,7 @@ class Comparison:
         Ours minus the baseline, higher is better.
     pairs_needed
         When undecided: how many pairs would decide, if the spread stays as it is; None when no number can be named.
+        Run them afresh: adding pairs to these until a verdict comes out makes a false one likelier than the rule says.
     """
 
     rule: Rule

@@ -21,8 +21,8 @@ READ_AS: dict[str, pa.DataType] = {
     "number": pa.float64(),
     "truth": pa.bool_(),
     "text": pa.string(),
-    "time": pa.timestamp("us"),
-    "time in a zone": pa.timestamp("us", "UTC"),
+    "time": pa.timestamp("ns"),
+    "time in a zone": pa.timestamp("ns", "UTC"),
 }
 
 
@@ -63,9 +63,16 @@ def feature_keys(batch: pa.RecordBatch, schema: Schema, direct: Collection[str])
         yield FeatureKeys(cross_name(parts), cross([kept[name][0] for name in parts]), valid, None)
 
 
-def kinds_of(schema: Schema, types: Mapping[str, pa.DataType]) -> dict[str, str]:
-    """Return whether each categorical or list column holds "integer" or "text"."""
-    return {name: _kind(types[name]) for name in (*schema.categorical, *schema.lists)}
+def kinds_of(schema: Schema, types: Mapping[str, pa.DataType], direct: Collection[str]) -> dict[str, str]:
+    """Return whether each categorical or list column holds "integer" or "text"; direct ones must be integers."""
+    kinds = {name: _kind(types[name]) for name in (*schema.categorical, *schema.lists)}
+    for name in direct:
+        if kinds.get(name, "integer") != "integer":
+            raise InputError(
+                f"column `{name}` is {types[name]}, so its values are no row numbers",
+                hint="drop --direct to build a vocabulary, or hash it",
+            )
+    return kinds
 
 
 def check_kind(name: str, expected: str, type_: pa.DataType) -> None:

@@ -54,13 +54,13 @@ class Popularity:
         if not np.all((share >= 0) & (share <= 1)):
             raise InputError(f"a share of rows must lie in [0, 1], got {share}")
         row_edges, use_edges = self.edges()
-        c = np.clip(np.searchsorted(row_edges, share, side="right") - 1, 0, len(row_edges) - 2)
+        c = np.maximum(np.searchsorted(row_edges, share, side="left") - 1, 0)
         depth = (share - row_edges[c]) / (row_edges[c + 1] - row_edges[c])
         return np.asarray(use_edges[c] + (use_edges[c + 1] - use_edges[c]) * 2 * (1 - np.exp2(-depth)))
 
     def edges(self) -> tuple[Floats, Floats]:
         """Return the corners of the Lorenz curve: shares of rows and of lookups, without empty classes."""
-        rows = np.asarray(self.rows, np.float64)
+        rows = np.asarray(self.rows, np.float64) / sum(self.rows)
         uses = rows * np.exp2(-np.arange(len(rows)))
         kept = rows > 0
         return _cumulative(rows[kept]), _cumulative(uses[kept])

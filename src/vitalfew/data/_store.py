@@ -41,7 +41,8 @@ def load_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Table]]:
     body = read_document(folder / "encoder.json", "encoder", _VERSION)
     path = folder / "encoder.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since NumPy leaves a file open that turns out to be damaged.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise InputError(f"no such file: {path}", hint="keep it beside encoder.json") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ from vitalfew.data._criteo import criteo_types, whole_rows
 
 __all__ = ["TextFile"]
 
-_BLOCK_BYTES = 1 << 20  # types are inferred from the first block; Arrow reads eight ahead
+_BLOCK_BYTES = 1 << 20  # types are inferred from the first block; Arrow reads some 32 ahead
 _GZIP_MAGIC = b"\x1f\x8b"
 _BAD_VALUE = re.compile(r"In CSV column #(\d+).* conversion error to ([^:]+): invalid value '(.*)'", re.DOTALL)
-_NOUN = {"int64": "whole number", "double": "number", "bool": "truth value"}
+_NOUN = {"int64": "whole number", "double": "number", "bool": "truth value (true or false)"}
 _EXACT_FLOAT = 2.0**53  # beyond it a float no longer holds every whole number
 
 
@@ -83,7 +83,7 @@ class TextFile:
 
     def _parse(
         self, stream: pa.NativeFile, kinds: Mapping[str, pa.DataType] | None
-    ) -> Iterator[pa.RecordBatch]:
+    ) -> Generator[pa.RecordBatch, None, None]:
         """Parse text into batches of the columns in `kinds`; without it, of all columns with inferred types."""
         bad_row: list[pc_csv.InvalidRow] = []
 
@@ -147,6 +147,9 @@ class TextFile:
                 return pa.string()
         if pa.types.is_null(kind) or pa.types.is_time(kind):
             return pa.string()
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            # Later values may have fractions of a second, or a time of the day at all.
+            return pa.timestamp("ns", kind.tz if pa.types.is_timestamp(kind) else None)
         return kind
 
     def _explain(self, error: Exception, bad_row: pc_csv.InvalidRow | None) -> InputError:
@@ -165,7 +168,7 @@ class TextFile:
             # A value of the first block fails before the names are known.
             name = self.columns[int(value[1])] if self.columns else f"number {int(value[1]) + 1}"
             return InputError(
-                f"column `{name}` of `{self.path}` holds {value[3]!r}, which is no {_NOUN.get(value[2], value[2])}",
+                f"column `{name}` of `{self.path}` holds {value[3]!r}, which is no {_noun(value[2])}",
                 hint=f"repair it, name `{name}` a numeric column, or read it as text: open_log(..., text=[{name!r}])"
                 if value[2] == "int64"
                 else "repair it or leave it empty (missing)",
@@ -186,6 +189,10 @@ class TextFile:
         return InputError(
             f"{what} is not UTF-8 text", hint=f"convert it, for example: iconv -f latin1 -t utf-8 {self.path.name}"
         )
+
+
+def _noun(type_name: str) -> str:
+    return "time" if type_name.startswith("timestamp") else _NOUN.get(type_name, type_name)
 
 
 def _fields(count: int) -> str:

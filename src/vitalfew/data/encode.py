@@ -107,25 +107,26 @@ class Encoder:
         until
             Learn only from rows whose time is not later, so that nothing leaks from the test slice.
         test_share
-            Without a time: leave out the share of rows that `write_log` will put into the test slice.
+            Instead of `until`: leave out the rows that `write_log` with this share and seed holds back at random.
         progress
             Is called with the share done.
         """
-        if until is not None and schema.time is None:
-            raise InputError("until needs a time, and no column is the time", hint="name the time column")
+        if until is not None and (schema.time is None or test_share is not None):
+            why = "no column is the time" if schema.time is None else "test_share splits without one"
+            raise InputError(f"until needs a time, and {why}", hint="name the time column, or choose one way to split")
         moments, label_counts = Moments(len(schema.numeric)), LabelCounts(schema.label)
         counts = TableCounts(schema, hash_rows, direct, seed)
         read = read_as(schema, reader.types, direct)
-        kinds = kinds_of(schema, reader.types)
+        kinds = kinds_of(schema, reader.types, direct)
         num_rows = 0
         for batch in _batches(reader, _columns(schema), read, progress):
             for name, kind in kinds.items():
                 check_kind(name, kind, batch.column(name).type)
             kept = None
-            if schema.time is not None:
+            if schema.time is not None:  # checked even where it does not choose
                 when = times(batch.column(schema.time), schema.time, num_rows)
                 kept = when <= until if until is not None else None
-            elif test_share is not None:
+            if test_share is not None:
                 kept = ~is_test(np.arange(num_rows, num_rows + batch.num_rows), test_share, seed)
             label = labels(batch.column(schema.label), schema.label, num_rows)
             label_counts.add(label if kept is None else label[kept])
@@ -135,9 +136,10 @@ class Encoder:
             counts.add(batch, kept)
             num_rows += batch.num_rows
         negative = label_counts.negative
-        num_negative, num_positive = label_counts.counts[negative], label_counts.counts[1]
-        if num_negative + num_positive == 0:
-            raise InputError(f"no row of `{reader.name}` has a time up to {until}", hint="choose a later cutoff")
+        num_labels = label_counts.counts[negative], label_counts.counts[1]
+        if not any(num_labels):
+            which = "is left to learn from" if until is None else f"has a time up to {until}"
+            raise InputError(f"no row of `{reader.name}` {which}", hint="choose another split")
         return cls(
             schema,
             counts.finish(min_count),
@@ -146,7 +148,7 @@ class Encoder:
             mean=moments.mean,
             deviation=moments.deviation,
             num_missing=dict(zip(schema.numeric, moments.num_missing.tolist(), strict=True)),
-            label_counts=(num_negative, num_positive),
+            label_counts=num_labels,
             negative=negative,
         )
 
@@ -192,19 +194,17 @@ class Encoder:
         InputError
             If a column is absent or of another kind than learned, or a value cannot be used.
         """
-        found = set(batch.schema.names)
         for name in _columns(self.schema, labels=labels):
-            if name not in found:
+            if name not in batch.schema.names:
                 raise unknown_column(name, batch.schema.names, "the rows")
         for name, kind in self._kinds.items():
             check_kind(name, kind, batch.column(name).type)
-        ids, offsets = self._ids(batch)
+        when = self.schema.time if labels else None
         return Encoded(
             self._dense(batch, first_row),
-            ids,
-            offsets,
-            self._label(batch, first_row) if labels else None,
-            times(batch.column(self.schema.time), self.schema.time, first_row) if labels and self.schema.time else None,
+            *self._ids(batch),
+            label=self._label(batch, first_row) if labels else None,
+            time=None if when is None else times(batch.column(when), when, first_row),
         )
 
     def _dense(self, batch: pa.RecordBatch, first_row: int) -> npt.NDArray[np.float32]:

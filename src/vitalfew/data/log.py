@@ -43,6 +43,20 @@ class EncodedLog:
         Whether `Encoded.offsets` is there.
     label_counts
         Rows with label 0 and with label 1.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from vitalfew.data import Encoder, infer_schema, open_log
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> rows = [f"{i % 2},u{i % 5},{i}" for i in range(10)]
+    >>> _ = (folder / "log.csv").write_text(chr(10).join(["click,user,day", *rows]))
+    >>> log = open_log(folder / "log.csv")
+    >>> encoder = Encoder.fit(log, infer_schema(log, label="click", time="day"), until=5)
+    >>> _ = write_log(folder / "encoded", log, encoder, cutoff=5)
+    >>> train = EncodedLog.open(folder / "encoded" / "train")
+    >>> len(train), train.features, train.block(4, 6).label.tolist()
+    (6, ('user',), [0.0, 1.0])
     """
 
     folder: Path

@@ -98,6 +98,14 @@ class LogReader:
         Bytes on the disk.
     is_text
         Whether the types are inferred, so that `batches(types=...)` may choose others.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "clicks.csv"
+    >>> _ = file.write_text("click,user" + chr(10) + "1,7" + chr(10) + "0,8")
+    >>> [batch.to_pydict() for batch in open_log(file).batches(["user"], types={"user": pa.string()})]
+    [{'user': ['7', '8']}]
     """
 
     def __init__(self, files: Sequence[ParquetFile | TextFile]) -> None:

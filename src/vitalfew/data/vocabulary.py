@@ -141,6 +141,8 @@ class Hashed:
     def __init__(self, num_rows: int, seed: int = 0) -> None:
         if num_rows < 2:
             raise InputError(f"a hashed table needs 2 rows or more, got {num_rows}")
+        if seed < 0:
+            raise InputError(f"seed must be 0 or more, got {seed}")
         self.num_rows = num_rows
         self.seed = seed
 
