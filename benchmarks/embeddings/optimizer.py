@@ -26,7 +26,12 @@ from vitalfew.embeddings import SGD, Adagrad, EmbeddingBags, LazyAdam, RowwiseAd
 from vitalfew.meter import machine
 
 TABLES, ROWS, DIM, BATCH, UNIQUE = 26, 200_000, 16, 2048, 32_700
-RULES = {"sgd": SGD(lr=0.01), "adagrad": Adagrad(lr=0.01), "rowwise_adagrad": RowwiseAdagrad(lr=0.01), "adam": LazyAdam(lr=0.001)}
+RULES = {
+    "sgd": SGD(lr=0.01),
+    "adagrad": Adagrad(lr=0.01),
+    "rowwise_adagrad": RowwiseAdagrad(lr=0.01),
+    "adam": LazyAdam(lr=0.001),
+}
 
 
 def draw(num: int, seed: int) -> list[np.ndarray]:
@@ -53,7 +58,7 @@ def traffic_floor(distinct: int, lookups: int, state: int) -> float:
     """
     slab = np.random.default_rng(0).random((TABLES * ROWS, DIM), dtype=np.float32)
     source = torch.from_numpy(slab)
-    places = torch.from_numpy(np.unique(np.random.default_rng(1).integers(0, len(slab), distinct * 2))[: distinct])
+    places = torch.from_numpy(np.unique(np.random.default_rng(1).integers(0, len(slab), distinct * 2))[:distinct])
     places = places[torch.randperm(len(places))]
     out = torch.empty(len(places), DIM)
     a, b = torch.empty(2_000_000), torch.empty(2_000_000)
@@ -94,9 +99,16 @@ def our_arm(rule: str, tables: list[Table]):
 def fbgemm_arm(rule: str, tables: list[Table]):
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
 
-    kind = {"sgd": EmbOptimType.EXACT_SGD, "adagrad": EmbOptimType.EXACT_ADAGRAD, "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}[rule]
+    kind = {
+        "sgd": EmbOptimType.EXACT_SGD,
+        "adagrad": EmbOptimType.EXACT_ADAGRAD,
+        "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    }[rule]
     settings = RULES[rule]
     model = SplitTableBatchedEmbeddingBagsCodegen(
         [(t.num_rows, t.dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for t in tables],
@@ -128,7 +140,9 @@ def main() -> int:
     distinct = int(np.mean([sum(len(np.unique(ids[:, f])) for f in range(TABLES)) for ids in batches]))
     grad = torch.randn(BATCH, TABLES, DIM) * 0.01
     state = {"sgd": 0, "adagrad": 2, "rowwise_adagrad": 1, "adam": 4}
-    print(f"W3: {TABLES} x {ROWS:,} x {DIM}, batch {BATCH}: {TABLES * BATCH:,} lookups, {distinct:,} distinct rows, {torch.get_num_threads()} threads")
+    print(
+        f"W3: {TABLES} x {ROWS:,} x {DIM}, batch {BATCH}: {TABLES * BATCH:,} lookups, {distinct:,} distinct rows, {torch.get_num_threads()} threads"
+    )
 
     figures = []
     agree = None
@@ -154,8 +168,20 @@ def main() -> int:
         least = {name: float(np.min(values)) for name, values in times.items()}
         for name in arms:
             ratio = median[name] / median["ours"]
-            figures.append({"rule": rule, "arm": name, "median_ms": median[name] * 1e3, "min_ms": least[name] * 1e3, "times_ours": ratio, "times_floor": least[name] / floor, "floor_ms": floor * 1e3})
-            print(f"{rule:16} {name:13} median {median[name] * 1e3:8.2f} ms  min {least[name] * 1e3:8.2f} ms  {ratio:7.1f}x ours  {least[name] / floor:6.1f}x floor of {floor * 1e3:.2f} ms")
+            figures.append(
+                {
+                    "rule": rule,
+                    "arm": name,
+                    "median_ms": median[name] * 1e3,
+                    "min_ms": least[name] * 1e3,
+                    "times_ours": ratio,
+                    "times_floor": least[name] / floor,
+                    "floor_ms": floor * 1e3,
+                }
+            )
+            print(
+                f"{rule:16} {name:13} median {median[name] * 1e3:8.2f} ms  min {least[name] * 1e3:8.2f} ms  {ratio:7.1f}x ours  {least[name] / floor:6.1f}x floor of {floor * 1e3:.2f} ms"
+            )
 
     if has_fbgemm:
         step, theirs = fbgemm_arm("rowwise_adagrad", tables)
@@ -175,17 +201,39 @@ def main() -> int:
                 wide[f][touched] -= 0.01 * g[touched] / (sums[f][touched].sqrt().unsqueeze(1) + 1e-8)
         weights = theirs.split_embedding_weights()
         agree = {
-            "to_fbgemm": max(float((mine.rows_of(t.name) - w).abs().max()) for t, w in zip(tables, weights, strict=True)),
-            "to_float64": max(float((mine.rows_of(t.name).double() - w).abs().max()) for t, w in zip(tables, wide, strict=True)),
+            "to_fbgemm": max(
+                float((mine.rows_of(t.name) - w).abs().max()) for t, w in zip(tables, weights, strict=True)
+            ),
+            "to_float64": max(
+                float((mine.rows_of(t.name).double() - w).abs().max()) for t, w in zip(tables, wide, strict=True)
+            ),
         }
-        print(f"weights after 5 steps of rowwise Adagrad: max difference to FBGEMM {agree['to_fbgemm']:.1e}, to float64 {agree['to_float64']:.1e}")
+        print(
+            f"weights after 5 steps of rowwise Adagrad: max difference to FBGEMM {agree['to_fbgemm']:.1e}, to float64 {agree['to_float64']:.1e}"
+        )
 
     if args.out:
         from vitalfew.core.files import write_document
 
-        write_document(args.out, "benchmark", 1, {"name": "optimizer", "command": "python " + " ".join(sys.argv), "machine": machine(), "distinct_rows": distinct, "figures": figures, "agreement": agree})
+        write_document(
+            args.out,
+            "benchmark",
+            1,
+            {
+                "name": "optimizer",
+                "command": "python " + " ".join(sys.argv),
+                "machine": machine(),
+                "distinct_rows": distinct,
+                "figures": figures,
+                "agreement": agree,
+            },
+        )
     want = {("sgd", "torch sparse"): 10, ("adagrad", "torch sparse"): 50, ("rowwise_adagrad", "fbgemm"): 5}
-    missed = [f"{f['rule']} against {f['arm']}: {f['times_ours']:.1f}x, wanted {want[f['rule'], f['arm']]}x" for f in figures if f["times_ours"] < want.get((f["rule"], f["arm"]), 0)]
+    missed = [
+        f"{f['rule']} against {f['arm']}: {f['times_ours']:.1f}x, wanted {want[f['rule'], f['arm']]}x"
+        for f in figures
+        if f["times_ours"] < want.get((f["rule"], f["arm"]), 0)
+    ]
     print("\n".join(missed) or "every wanted ratio is met")
     return bool(missed)
 

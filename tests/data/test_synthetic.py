@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -39,9 +38,6 @@ from vitalfew.data.synthetic import (
     zipf_trace,
 )
 
-DATA = Path(os.environ.get("VITALFEW_DATA") or Path(__file__).parents[3] / "shared" / "data") / "recsys"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA}; set VITALFEW_DATA")
-
 META = [("2021_t856_bs65536.txt", META_2021), ("2022_t788_bs131072.txt", META_2022)]
 
 popularities = (
@@ -51,39 +47,34 @@ popularities = (
 )
 seeds = st.integers(0, 2**64)
 
-unhurried = settings(deadline=None)  # the first example may have to wait for a kernel to be compiled
 
-
-def published(name: str) -> UseHistogram:
+def published(folder: Path, name: str) -> UseHistogram:
     """Read the first entry of a file of locality statistics."""
-    entry = (DATA / "meta-locality" / name).read_text().split("\n\n")[0]
+    entry = (folder / "meta-locality" / name).read_text().split("\n\n")[0]
     lookups, distinct = (int(re.findall(rf"# of {what}: (\d+)", entry)[0]) for what in ("indices", "unique cols"))
     shares = [float(share) for share in re.findall(r"^\(.*: ([\d.]+)$", entry, re.MULTILINE)]
     return UseHistogram(lookups, distinct, tuple(shares[:17]), tuple(shares[17:]))
 
 
 class TestPublishedStatistics:
-    @needs_data
     @pytest.mark.data
     @pytest.mark.parametrize(("name", "constant"), META)
-    def test_constants_are_the_fit(self, name: str, constant: Popularity) -> None:
-        fitted = fit_popularity(published(name))
+    def test_constants_are_the_fit(self, real_logs: Path, name: str, constant: Popularity) -> None:
+        fitted = fit_popularity(published(real_logs, name))
         np.testing.assert_allclose(constant.rows, fitted.rows, rtol=0.01)
         assert constant.uses == pytest.approx(fitted.uses, rel=1e-3)
 
-    @needs_data
     @pytest.mark.data
     @pytest.mark.parametrize(("name", "constant"), META)
-    def test_trace_repeats_the_histogram(self, name: str, constant: Popularity) -> None:
-        target = published(name)
+    def test_trace_repeats_the_histogram(self, real_logs: Path, name: str, constant: Popularity) -> None:
+        target = published(real_logs, name)
         trace = UseHistogram.of(popularity_trace(constant, 1_000_000, round(constant.uses * 1_000_000), seed=1))
         assert trace.distance(target) <= 0.005  # the requirement is .02
         assert trace.lookups / trace.distinct == pytest.approx(target.lookups / target.distinct, rel=0.01)
 
-    @needs_data
     @pytest.mark.data
-    def test_cardinalities(self) -> None:
-        lines = (DATA / "criteo" / "cardinalities_kaggle.txt").read_text().split()
+    def test_cardinalities(self, real_logs: Path) -> None:
+        lines = (real_logs / "criteo" / "cardinalities_kaggle.txt").read_text().split()
         assert tuple(map(int, lines)) == CRITEO_KAGGLE_ROWS
 
     def test_sizes(self) -> None:
@@ -94,7 +85,6 @@ class TestPublishedStatistics:
 
 class TestUseHistogram:
     @given(st.lists(st.integers(-5, 40), min_size=1, max_size=300), st.integers(2, 9))
-    @unhurried
     def test_equals_a_plain_count(self, ids: list[int], num_bins: int) -> None:
         uses = Counter(ids)
         bins = Counter(min((n - 1).bit_length(), num_bins - 1) for n in uses.values())
@@ -129,7 +119,6 @@ class TestUseHistogram:
 
 class TestPopularity:
     @given(popularities)
-    @unhurried
     def test_curve_is_a_lorenz_curve(self, law: Popularity) -> None:
         covered = law.coverage(np.linspace(0, 1, 101))
         assert covered[0] == 0
@@ -139,7 +128,6 @@ class TestPopularity:
         assert np.diff(steps).max() <= 1e-9  # the more popular rows come first
 
     @given(popularities, st.floats(0, 1, exclude_max=True), st.integers(1, 2**48))
-    @unhurried
     def test_a_draw_is_the_row_where_the_curve_passes(self, law: Popularity, covered: float, num_ids: int) -> None:
         rank = rank_of(covered, num_ids, *law.edges())
         assert 0 <= rank < num_ids
@@ -174,13 +162,12 @@ class TestFit:
         assert again.distinct == pytest.approx(truth.distinct, rel=0.02)
 
     @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(2, 8))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_any_log_has_a_fit(self, ids: list[int], num_bins: int) -> None:
         law = fit_popularity(UseHistogram.of(ids, num_bins=num_bins))
         assert law.coverage(1.0) == pytest.approx(1)
 
     @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 12))
-    @unhurried
     def test_least_squares_equal_those_of_scipy(self, seed: int, num_unknowns: int, extra: int) -> None:
         rng = np.random.default_rng(seed)
         design, target = rng.normal(size=(num_unknowns + extra, num_unknowns)), rng.normal(size=num_unknowns + extra)
@@ -202,7 +189,6 @@ class TestTraces:
         assert (np.abs(drawn - expected) < 5 * np.sqrt(expected)).all()
 
     @given(st.integers(1, 2**48), st.integers(0, 50), seeds)
-    @unhurried
     def test_ids_lie_in_the_table(self, num_ids: int, length: int, seed: int) -> None:
         ids = popularity_trace(META_2021, num_ids, length, seed=seed)
         assert (ids.dtype, ids.shape) == (np.int64, (length,))
@@ -210,7 +196,6 @@ class TestTraces:
         np.testing.assert_array_equal(ids, popularity_trace(META_2021, num_ids, length, seed=seed))
 
     @given(st.integers(1, 500), st.integers(0, 50), st.floats(0, 3), seeds)
-    @unhurried
     def test_zipf_ids_lie_in_the_table(self, num_ids: int, length: int, exponent: float, seed: int) -> None:
         ids = zipf_trace(num_ids, length, exponent, seed)
         assert (ids.dtype, ids.shape) == (np.int64, (length,))
@@ -237,12 +222,10 @@ class TestTraces:
 
 class TestScatter:
     @given(st.integers(1, 3000), seeds | st.tuples(seeds, st.integers(0, 100)))
-    @unhurried
     def test_is_one_to_one(self, num_ids: int, seed: int | tuple[int, int]) -> None:
         assert sorted(scatter(np.arange(num_ids), num_ids, seed=seed).tolist()) == list(range(num_ids))
 
     @given(st.integers(1, 2**48), st.data(), seeds)
-    @unhurried
     def test_is_one_to_one_on_large_tables(self, num_ids: int, data: st.DataObject, seed: int) -> None:
         ids = data.draw(st.lists(st.integers(0, num_ids - 1), unique=True, max_size=30))
         renamed = scatter(ids, num_ids, seed=seed)
@@ -278,7 +261,6 @@ class TestScatter:
 
 class TestCriteoLike:
     @given(st.integers(0, 60), st.integers(1, 70), st.integers(0, 5), st.integers(0, 60))
-    @unhurried
     def test_batches_are_slices_of_one_log(self, num_rows: int, batch_size: int, seed: int, start: int) -> None:
         log = CriteoLike(num_rows, cardinalities=(1, 3, 1000), seed=seed)
         start = min(start, num_rows)

@@ -1,0 +1,79 @@
+"""Train a DLRM end to end, the plain PyTorch way and with fused rows, on flights and on a Criteo-shaped log.
+
+Paired runs that take turns, equal work; prints speed, AUC, log loss, calibration and peak memory of both.
+The Criteo-shaped log is synthetic: true cardinalities (33.8 M rows), skew fitted to published statistics.
+
+    python benchmarks/embeddings/end_to_end.py --out benchmarks/results/end_to_end.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from vitalfew.core import Receipt, Rule
+from vitalfew.core.files import write_document
+from vitalfew.data.sample import FLIGHTS_CROSSES, flights
+from vitalfew.data.synthetic import write_criteo_like
+from vitalfew.embeddings.jobs import LogOptions, make_receipt, prepare
+from vitalfew.embeddings.payoff import predict_payoff
+from vitalfew.embeddings.peak import peak_memory
+from vitalfew.embeddings.settings import Settings
+from vitalfew.embeddings.trial import paired_trial
+from vitalfew.meter import machine
+
+
+def run(name: str, log: Path, options: LogOptions, settings: Settings, pairs: int, steps: int | None) -> Receipt:
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(str(log), options, settings, Path(folder) / "work", lambda stage, share: None)
+        predicted = predict_payoff(job.num_rows, job.encoder.counts, job.train.num_dense, settings)
+        rule = Rule("equal work", tolerance=0.001)
+        trial = paired_trial(job.train, job.test, job.num_rows, settings, rule, pairs=pairs, max_steps=steps)
+        peaks = tuple(peak_memory(job.train.folder, job.num_rows, settings, plain=plain) for plain in (True, False))
+        receipt = make_receipt(job, None, None, trial, predicted, peaks, " ".join(sys.argv), title=name)
+    print(f"{name}: {receipt.verdict}: {receipt.why}")
+    for line in receipt.lines:
+        print(f"  {line.what}: {line.before} -> {line.after} {line.unit} ({line.how})")
+    for quality in receipt.quality:
+        print(f"  {quality.metric}: {quality.before:.5f} -> {quality.after:.5f}, {quality.finding}")
+    return receipt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=250_000, help="rows of the Criteo-shaped log")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    small = Settings(bottom=(64,), top=(64,), batch_size=512)
+    receipts = [run("flights", flights(), LogOptions("late", "time", crosses=FLIGHTS_CROSSES), small, args.pairs, None)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "criteo_like.parquet"
+        write_criteo_like(log, args.rows)
+        names = tuple(f"C{i}" for i in range(1, 27))
+        numbers = tuple(f"I{i}" for i in range(1, 14))
+        options = LogOptions("label", categorical=names, numeric=numbers, direct=names)
+        for title, bottom, top in (
+            ("criteo-shaped (synthetic), small layers", (64,), (64,)),
+            ("criteo-shaped (synthetic), layers of the published Kaggle DLRM", (512, 256, 64), (512, 256)),
+        ):
+            settings = Settings(bottom=bottom, top=top, batch_size=2048)
+            receipts.append(run(title, log, options, settings, args.pairs, None))
+    if args.out:
+        body = {
+            "name": "end_to_end",
+            "command": "python " + " ".join(sys.argv),
+            "machine": machine(),
+            "receipts": [receipt.to_dict() | {"curves": [], "environment": {}} for receipt in receipts],
+        }
+        write_document(args.out, "benchmark", 1, body)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
