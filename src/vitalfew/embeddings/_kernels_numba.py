@@ -29,6 +29,7 @@ _AHEAD = 8
 _GOLD = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
+_EXPONENT = np.uint32(0x7F800000)
 _TWO_112 = np.float32(2.0**112)
 _TWO_M112 = np.float32(2.0**-112)
 _MAX_F16 = np.float32(65504.0)
@@ -85,7 +86,10 @@ def _narrow(values: Any, row: Any, storage: Any, dice: Any) -> None:
         for d in range(len(row)):
             r = np.uint32(_mix(dice + np.uint64(d)) & np.uint64(0xFFFF))
             x = bits[d]
-            row[d] = np.uint16((x if (x & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else x + r) >> np.uint32(16))
+            up = x + r
+            # What is infinite or NaN stays so, and nothing else is rounded up to it.
+            huge = (x & _EXPONENT) == _EXPONENT or (up & _EXPONENT) == _EXPONENT
+            row[d] = np.uint16((x if huge else up) >> np.uint32(16))
     else:
         for d in range(len(row)):
             r = np.uint32(_mix(dice + np.uint64(d)) & np.uint64(0x1FFF))

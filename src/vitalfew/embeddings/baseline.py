@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,14 +35,18 @@ class TorchBags(nn.Module):
         self.dim = tables[0].dim
         self.bags = nn.ModuleList()
         for table in tables:
-            start = torch.empty(table.num_rows, table.dim)
-            bound = table.num_rows**-0.5
+            start = torch.empty(table.num_rows, table.dim, dtype=torch.float32, device="cpu")
+            bound = 1 / math.sqrt(table.num_rows)
             start.uniform_(-bound, bound, generator=generator)
             self.bags.append(nn.EmbeddingBag.from_pretrained(start, freeze=False, mode=table.pooling, sparse=True))
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return the pooled rows, shape (samples, features, dim)."""
         features = len(self.bags)
+        if offsets is None and (ids.dim() != 2 or ids.shape[1] != features):
+            raise InputError(
+                f"expected ids of shape (samples, {features}), got {tuple(ids.shape)}", hint="one column per feature"
+            )
         if offsets is None:
             one = torch.arange(len(ids))
             return torch.stack([bag(ids[:, f].contiguous(), one) for f, bag in enumerate(self.bags)], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitalfew.data.batches import Batches
 from vitalfew.data.encoded import Encoded
+from vitalfew.data.log import EncodedLog
+from vitalfew.embeddings.metrics import BinaryMetrics, binary_metrics
 from vitalfew.embeddings.models import DLRM
 
-__all__ = ["predict", "train_step"]
+__all__ = ["evaluate", "predict", "train_step"]
+
+_ROWS = 8192
 
 
 def _inputs(batch: Encoded) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -24,25 +29,40 @@ def _inputs(batch: Encoded) -> tuple[Tensor | None, Tensor, Tensor | None]:
 def train_step(model: DLRM, optimizers: Iterable[torch.optim.Optimizer], batch: Encoded) -> Tensor:
     """Do one step on one batch and return its mean loss, a scalar without history."""
     assert batch.label is not None
-    loss = F.binary_cross_entropy_with_logits(model(*_inputs(batch)), torch.from_numpy(batch.label))
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    for optimizer in optimizers:
-        optimizer.step()
+    # Plain tables make sparse gradients, and torch warns until the check of these is chosen or declined.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]
+        loss = F.binary_cross_entropy_with_logits(model(*_inputs(batch)), torch.from_numpy(batch.label))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
     return loss.detach()
 
 
-def predict(
-    model: DLRM, batches: Iterable[Encoded], *, progress: Callable[[int], None] | None = None
-) -> NDArray[np.float32]:
+def predict(model: DLRM, batches: Iterable[Encoded]) -> NDArray[np.float32]:
     """Return the logits of all rows, in order."""
     model.eval()
-    logits = []
     with torch.no_grad():
-        for batch in batches:
-            logits.append(model(*_inputs(batch)).numpy())
-            if progress:
-                progress(len(batch))
+        logits = [model(*_inputs(batch)).numpy() for batch in batches]
     model.train()
     return np.concatenate(logits) if logits else np.empty(0, np.float32)
+
+
+def evaluate(model: DLRM, log: EncodedLog, *, progress: Callable[[float], None] | None = None) -> BinaryMetrics:
+    """Measure the model on all rows of a log, read batch by batch; `progress` is called with the share done."""
+    labels: list[NDArray[np.float32]] = []
+    seen = 0
+
+    def rows() -> Iterator[Encoded]:
+        nonlocal seen
+        for batch in Batches(log, _ROWS, shuffle=False).epoch(0):
+            assert batch.label is not None
+            labels.append(batch.label)
+            yield batch
+            seen += len(batch)
+            if progress:
+                progress(seen / len(log))
+
+    logits = predict(model, rows())
+    return binary_metrics(np.concatenate(labels), logits)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vitalfew.data.encoded import Encoded
 from vitalfew.embeddings.fitting import train_step
-from vitalfew.embeddings.settings import Settings, build, dense_optimizer
+from vitalfew.embeddings.settings import Settings, build_arm
 
 __all__ = ["Payoff", "predict_payoff"]
 
@@ -49,7 +49,7 @@ def _draw(
 ) -> NDArray[np.int64]:
     columns = []
     for name, rows in num_rows.items():
-        if name in counts:
+        if name in counts and counts[name].any():
             heights = np.cumsum(counts[name].astype(np.float64))
             columns.append(np.searchsorted(heights, rng.random(size) * heights[-1], side="right"))
         else:
@@ -63,6 +63,7 @@ def predict_payoff(
     num_dense: int,
     settings: Settings,
     *,
+    max_rows: int | None = None,
     steps: int = 10,
 ) -> Payoff:
     """Time a few steps of both ways, in turns, on ids drawn from the counts; feature by feature, so without their ties.
@@ -70,12 +71,15 @@ def predict_payoff(
     Parameters
     ----------
     num_rows, counts
-        Rows per feature and how often each came up, as an `Encoder` has them.
+        Rows per feature and how often each came up, as an `Encoder` has them. A list counts as one id.
+    max_rows
+        Rows of the log: no batch is larger.
     """
+    size = min(settings.batch_size, max_rows or settings.batch_size)
     rng = np.random.default_rng(settings.seed)
     batches = []
     for _ in range(steps + 2):
-        ids = _draw(num_rows, counts, settings.batch_size, rng)
+        ids = _draw(num_rows, counts, size, rng)
         dense = rng.standard_normal((len(ids), num_dense)).astype(np.float32)
         batches.append(Encoded(dense, ids, label=rng.integers(0, 2, len(ids)).astype(np.float32)))
     distinct = round(statistics.mean(sum(len(np.unique(column)) for column in b.ids.T) for b in batches))
@@ -83,13 +87,7 @@ def predict_payoff(
     limit = np.array(list(cut.values()))
     batches = [dataclasses.replace(b, ids=np.where(b.ids < limit, b.ids, b.ids % limit)) for b in batches]
 
-    arms = []
-    for plain in (True, False):
-        model = build(cut, num_dense, settings, plain=plain)
-        optimizers = [dense_optimizer(model, settings)]
-        if plain:
-            optimizers.append(model.tables.optimizer(settings.rule()))  # type: ignore[attr-defined]
-        arms.append((model, optimizers))
+    arms = [build_arm(cut, num_dense, settings, plain=plain) for plain in (True, False)]
     times: tuple[list[float], list[float]] = ([], [])
     for turn, batch in enumerate(batches):
         for (model, optimizers), seconds in zip(arms, times, strict=True):

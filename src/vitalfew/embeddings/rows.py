@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from vitalfew.core import InputError
 from vitalfew.embeddings.optim import Optimizer
 
-__all__ = ["Counts", "Layout", "Rows"]
+__all__ = ["Counts", "Layout", "Rows", "step_together"]
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KERNELS = threading.Lock()
@@ -27,10 +30,10 @@ _NONE_F32 = np.empty(0, np.float32)
 
 
 def _slab(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros whose memory numpy has asked huge pages for: random rows then miss the address cache less often."""
-    if dtype == torch.float32:
-        return torch.from_numpy(np.zeros((rows, width), np.float32))
-    return torch.from_numpy(np.zeros((rows, width), np.int16)).view(dtype)
+    """Return zeros whose memory numpy has asked huge pages for, and that is there before the first step needs it."""
+    bits = np.empty((rows, width), np.float32 if dtype == torch.float32 else np.int16)
+    bits.fill(0)
+    return torch.from_numpy(bits) if dtype == torch.float32 else torch.from_numpy(bits).view(dtype)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -71,13 +74,14 @@ class _Lookups:
     """One forward's lookups: row and, where they say something, bag and scale of each.
 
     With `features` the rows stand feature by feature, and the lookup of sample b and feature f is bag
-    ``b * features + f``; with 0 they stand in sample order.
+    ``b * features + f``; with 0 they stand in sample order. `serial` counts the forwards.
     """
 
     row_of: NDArray[np.int64]
     bag_of: NDArray[np.int32]
     scale_of: NDArray[np.float32]
     features: int = 0
+    serial: int = 0
 
     def in_sample_order(self) -> NDArray[np.int64]:
         if not self.features:
@@ -97,11 +101,73 @@ class _Scratch:
             have = self.arrays[name] = np.zeros(tuple(b + b // 4 for b in shape), dtype)
         return have[: shape[0]] if len(shape) == 1 else have
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
-        return _Scratch()
 
-    def __reduce__(self) -> tuple[type[_Scratch], tuple[()]]:
-        return _Scratch, ()
+@dataclass(slots=True)
+class _Waiting:
+    """Gradients of bags that no row has received yet, and a factor on all of them."""
+
+    parts: list[tuple[_Lookups, Tensor]] = field(default_factory=list)
+    scale: float = 1.0
+
+    def add(self, lookups: _Lookups, grad: Tensor) -> None:
+        if self.scale != 1:  # of the parts so far alone
+            self.parts = [(earlier, g * self.scale) for earlier, g in self.parts]
+            self.scale = 1.0
+        self.parts.append((lookups, grad))
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all()) for _, g in self.parts)
+
+    def merged(self) -> tuple[_Lookups, Tensor]:
+        """Return all parts as one, in the order of their forwards."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        parts = sorted(self.parts, key=lambda part: part[0].serial)
+        bag_of, scale_of, start = [], [], 0
+        any_scale = any(len(lookups.scale_of) for lookups, _ in parts)
+        for lookups, grad in parts:
+            n = len(lookups.row_of)
+            mine = lookups.bag_of if len(lookups.bag_of) else np.arange(n, dtype=np.int32)
+            bag_of.append(mine + np.int32(start))
+            if any_scale:
+                scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
+            start += len(grad)
+        return _Lookups(
+            np.concatenate([lookups.in_sample_order() for lookups, _ in parts]),
+            np.concatenate(bag_of),
+            np.concatenate(scale_of) if any_scale else _NONE_F32,
+        ), torch.cat([grad for _, grad in parts])
+
+
+class _Pass(dict["Rows", _Waiting]):
+    """What one backward pass has for the rows. Its callback alone holds it: a pass that breaks off takes it along."""
+
+    def end(self) -> None:
+        _update(self)
+
+
+_PASSES: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+
+def _update(waiting: Mapping[Rows, _Waiting]) -> None:
+    """Update the rows of all slabs, or of none if a gradient is NaN or infinite."""
+    if not all(each.is_finite() for each in waiting.values()):
+        raise InputError(
+            "a gradient is NaN or infinite; no row was changed",
+            hint="lower the learning rate, or look for NaN in the dense input and the loss",
+        )
+    for rows, each in waiting.items():
+        if each.parts:
+            rows.counts.steps += 1
+            rows.counts.rows_updated += int(rows._run(each))
+
+
+def step_together(*slabs: Rows) -> None:
+    """Let several slabs step, or none of them if a gradient is NaN or infinite; what waited is gone either way."""
+    waiting = {rows: rows._waiting for rows in slabs}
+    for rows in slabs:
+        rows.zero_grad()
+    _update(waiting)
 
 
 class Rows:
@@ -145,10 +211,13 @@ class Rows:
         self.weight = _slab(num_rows, dim, dtype)
         self.wide = [_slab(num_rows, dim, torch.float32) for _ in range(optimizer.wide_states)]
         self.narrow = [_slab(num_rows, 1, torch.float32) for _ in range(optimizer.row_states)]
-        self._pending: list[tuple[_Lookups, Tensor]] = []
-        self._pass = -1
-        self._scale = 1.0
+        self._forwards = 0
+        self._waiting = _Waiting()
         self._scratch = _Scratch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what waits, as a copied parameter leaves out its gradient."""
+        return self.__dict__ | {"_waiting": _Waiting(), "_scratch": _Scratch()}
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +241,7 @@ class Rows:
                     hint="train in one process, or freeze the rows with trainable = False",
                 )
         return _Bags.apply(  # type: ignore[no-any-return,no-untyped-call]
-            torch.ones((), requires_grad=train), scales, self, layout, ids, offsets
+            torch.ones((), device="cpu", requires_grad=train), scales, self, layout, ids, offsets
         )
 
     def _pool(
@@ -180,11 +249,9 @@ class Rows:
     ) -> tuple[Tensor, _Lookups]:
         from vitalfew.embeddings import _kernels_numba as kernels
 
-        flat = _as_ids(ids).reshape(-1)
-        edges = _NONE_I64 if offsets is None else _as_offsets(offsets, len(flat))
-        weights = _NONE_F32 if scales is None else np.ascontiguousarray(scales.detach().float().reshape(-1).numpy())
-        if scales is not None and len(weights) != len(flat):
-            raise InputError(f"{len(flat)} ids came with {len(weights)} weights", hint="pass one weight per id")
+        flat = _as_integers(ids, "ids").reshape(-1)
+        edges = _NONE_I64 if offsets is None else as_offsets(offsets, len(flat))
+        weights = _NONE_F32 if scales is None else _as_weights(scales, len(flat))
         num_bags = len(flat) if offsets is None else len(edges) - 1
         features = len(layout.features)
         if num_bags % features:
@@ -220,46 +287,47 @@ class Rows:
                 f"lies outside [0, {layout.num_rows[f]})",
                 hint="encode the ids with the vocabulary the table was made for",
             )
-        self.counts.lookups += len(flat)
+        self.counts.lookups += n
+        self._forwards += 1
+        seen.serial = self._forwards
         return torch.from_numpy(out), seen
 
     def _receive(self, lookups: _Lookups, grad: Tensor) -> None:
-        """Take a bag gradient; in backward mode ask to be called when the whole pass has ended."""
-        if self.update == "backward":
-            this_pass = torch._C._current_graph_task_id()
-            if this_pass != self._pass:
-                self._pending.clear()  # of a pass that broke off with an error
-                self._pass = this_pass
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-        self._pending.append((lookups, grad))
-
-    def _end_pass(self) -> None:
-        self._pass = -1
-        self.step()
+        """Take a bag gradient; in backward mode for the end of the whole pass."""
+        if self.update == "step":
+            self._waiting.add(lookups, grad)
+            return
+        number = torch._C._current_graph_task_id()
+        running = _PASSES.get(number)
+        if running is None:
+            running = _PASSES[number] = _Pass()
+            torch.autograd.Variable._execution_engine.queue_callback(running.end)
+        running.setdefault(self, _Waiting()).add(lookups, grad)
 
     @property
     def pending(self) -> int:
         """How many gradients wait for `step`."""
-        return len(self._pending)
+        return len(self._waiting.parts)
 
     def zero_grad(self) -> None:
         """Drop what waits."""
-        self._pending.clear()
-        self._scale = 1.0
+        self._waiting = _Waiting()
 
     def scale_grad(self, factor: float) -> None:
         """Multiply what waits, such as by the clipping factor or by one over the loss scale."""
-        self._scale *= factor
+        if not math.isfinite(factor):
+            raise InputError(f"gradients cannot be multiplied by {factor}", hint="check grad_is_finite() first")
+        self._waiting.scale *= factor
 
     def grad_norm(self) -> float:
         """Return the 2-norm of the row gradients that wait, summed per row as a dense gradient would be."""
         if self.update == "backward":
             raise InputError("with update='backward' the rows have changed already", hint="use update='step'")
-        return float(np.sqrt(self._run(norm=True))) if self._pending else 0.0
+        return float(np.sqrt(self._run(self._waiting, norm=True))) if self.pending else 0.0
 
     def grad_is_finite(self) -> bool:
         """Say whether nothing that waits is NaN or infinite."""
-        return all(bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all()) for _, g in self._pending)
+        return self._waiting.is_finite()
 
     def step(self) -> None:
         """Update every touched row once from all that waits.
@@ -269,45 +337,18 @@ class Rows:
         InputError
             If a gradient is NaN or infinite; no row has changed then, and what waited is dropped.
         """
-        if not self._pending:
-            return
-        try:
-            if not self.grad_is_finite():
-                raise InputError(
-                    "a gradient is NaN or infinite; no row was changed",
-                    hint="lower the learning rate, or look for NaN in the dense input and the loss",
-                )
-            self.counts.steps += 1
-            self.counts.rows_updated += int(self._run())
-        finally:
-            self.zero_grad()
+        step_together(self)
 
-    def _merged(self) -> tuple[_Lookups, Tensor]:
-        if len(self._pending) == 1:
-            return self._pending[0]
-        parts = [lookups for lookups, _ in self._pending]
-        bag_of, scale_of, start = [], [], 0
-        any_scale = any(len(p.scale_of) for p in parts)
-        for lookups, grad in self._pending:
-            n = len(lookups.row_of)
-            mine = lookups.bag_of if len(lookups.bag_of) else np.arange(n, dtype=np.int32)
-            bag_of.append(mine + np.int32(start))
-            if any_scale:
-                scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
-            start += len(grad)
-        return _Lookups(
-            np.concatenate([p.in_sample_order() for p in parts]),
-            np.concatenate(bag_of),
-            np.concatenate(scale_of) if any_scale else _NONE_F32,
-        ), torch.cat([grad for _, grad in self._pending])
-
-    def _run(self, *, norm: bool = False) -> float:
+    def _run(self, waiting: _Waiting, *, norm: bool = False) -> float:
         from vitalfew.embeddings import _kernels_numba as kernels
 
-        lookups, grad = self._merged()
+        lookups, grad = waiting.merged()
         n, threads, get = len(lookups.row_of), _threads(), self._scratch.get
+        if n >= 2**31:
+            raise InputError(f"{n} lookups wait for one update, it can take 2**31 - 1", hint="step more often")
         following = get("following", (n,), np.int32)
-        if lookups.features >= 2 * threads or lookups.features == threads == 1:
+        # The norm is summed by bucket, which must not depend on the number of threads.
+        if not norm and (lookups.features >= 2 * threads or lookups.features == threads == 1):
             order, rows = _NONE_I32, lookups.row_of
             largest = n // lookups.features
             starts = np.arange(lookups.features + 1) * largest
@@ -327,7 +368,7 @@ class Rows:
                 _array(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
                 _array(self.narrow[0]) if self.narrow else none,
                 np.array([rate, eps, beta1, beta2, self.optimizer.weight_decay], np.float32), dice,
-                lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(self._scale),
+                lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(waiting.scale),
                 order, rows, starts, following,
                 get("slots", (threads, 2 << largest.bit_length()), np.int32),
                 get("heads", (threads, largest), np.int32), get("tails", (threads, largest), np.int32),
@@ -336,16 +377,18 @@ class Rows:
             )  # fmt: skip
         return float(squares.sum()) if norm else float(touched)
 
-    def _scale_gradients(self, lookups: _Lookups, scales: Tensor, grad: Tensor) -> Tensor:
+    def _scale_gradients(self, lookups: _Lookups, layout: Layout, scales: Tensor, grad: Tensor) -> Tensor:
         from vitalfew.embeddings import _kernels_numba as kernels
 
-        flat = scales.detach().float().reshape(-1).numpy()
-        divisor = np.where(flat != 0, flat / np.where(lookups.scale_of != 0, lookups.scale_of, 1), 1)
-        out = np.empty(len(flat), np.float32)
+        divisor = np.ones(len(lookups.row_of), np.float32)
+        if len(lookups.bag_of):
+            mean = layout.mean[lookups.bag_of % len(layout.features)]
+            np.copyto(divisor, np.bincount(lookups.bag_of)[lookups.bag_of], where=mean, casting="unsafe")
+        out = np.empty(len(divisor), np.float32)
         with _KERNELS:
             kernels.scale_gradients(
                 _array(self.weight), _STORAGE[self.weight.dtype], lookups.in_sample_order(), lookups.bag_of,
-                divisor.astype(np.float32), grad.numpy(), out, _threads(),
+                divisor, grad.numpy(), out, _threads(),
             )  # fmt: skip
         return torch.from_numpy(out).reshape(scales.shape).to(scales.dtype)
 
@@ -358,21 +401,20 @@ class _Bags(torch.autograd.Function):
         ctx: Any, anchor: Tensor, scales: Tensor | None, rows: Rows, layout: Layout, ids: Tensor, offsets: Tensor | None
     ) -> Tensor:
         out, ctx.lookups = rows._pool(layout, ids, offsets, scales)
-        ctx.rows, ctx.scales, ctx.step = rows, scales, rows.counts.steps
-        ctx.used = False
+        ctx.rows, ctx.layout, ctx.scales, ctx.step = rows, layout, scales, rows.counts.steps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
+        if ctx.lookups is None:
             raise InputError(
                 "backward ran twice through the same lookups, which would update their rows twice",
                 hint="run the forward again, or add the losses and call backward once",
             )
-        ctx.used = True
         rows: Rows = ctx.rows
-        grad = grad.float().contiguous()
+        lookups, ctx.lookups = ctx.lookups, None
+        grad = grad.detach().float().contiguous()
         to_scales = None
         if ctx.needs_input_grad[1]:
             if rows.counts.steps != ctx.step:
@@ -380,9 +422,10 @@ class _Bags(torch.autograd.Function):
                     "the rows have changed since this forward, the gradient of its weights would be wrong",
                     hint="call backward before the next update",
                 )
-            to_scales = rows._scale_gradients(ctx.lookups, ctx.scales, grad)
-        if ctx.needs_input_grad[0]:
-            rows._receive(ctx.lookups, grad)
+            to_scales = rows._scale_gradients(lookups, ctx.layout, ctx.scales, grad)
+        # Not when torch.autograd.grad asks for other gradients only.
+        if ctx.needs_input_grad[0] and torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+            rows._receive(lookups, grad)
         return None, to_scales, None, None, None, None
 
 
@@ -395,16 +438,18 @@ def _threads() -> int:
     return int(threads)
 
 
-def _as_ids(ids: Tensor) -> NDArray[np.int64]:
-    if ids.device.type != "cpu":
-        raise InputError(f"the ids lie on {ids.device}", hint="these rows live in main memory: pass ids.cpu()")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"ids must be integers (int64 or int32), got {ids.dtype}", hint="encode them, or ids.long()")
-    return np.ascontiguousarray(ids.detach().numpy(), dtype=np.int64)
+def _as_integers(tensor: Tensor, name: str) -> NDArray[np.int64]:
+    _refuse_device(tensor, name)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"{name} must be integers (int64 or int32), got {tensor.dtype}", hint=f"encode them, or {name}.long()"
+        )
+    return np.ascontiguousarray(tensor.detach().numpy(), dtype=np.int64)
 
 
-def _as_offsets(offsets: Tensor, num_ids: int) -> NDArray[np.int64]:
-    edges = _as_ids(offsets).reshape(-1)
+def as_offsets(offsets: Tensor, num_ids: int) -> NDArray[np.int64]:
+    """Return offsets as numpy if they divide that many ids into bags, or say what is wrong with them."""
+    edges = _as_integers(offsets, "offsets").reshape(-1)
     if len(edges) < 1 or edges[0] != 0 or edges[-1] != num_ids or bool((np.diff(edges) < 0).any()):
         raise InputError(
             f"offsets must rise from 0 to the number of ids, {num_ids}, "
@@ -412,3 +457,21 @@ def _as_offsets(offsets: Tensor, num_ids: int) -> NDArray[np.int64]:
             hint="one entry per bag and the end",
         )
     return edges
+
+
+def _as_weights(weights: Tensor, num_ids: int) -> NDArray[np.float32]:
+    _refuse_device(weights, "weights")
+    flat = np.ascontiguousarray(weights.detach().float().reshape(-1).numpy())
+    if len(flat) != num_ids:
+        raise InputError(f"{num_ids} ids came with {len(flat)} weights", hint="pass one weight per id")
+    if not np.isfinite(flat).all():
+        wrong = int(np.isfinite(flat).argmin())
+        raise InputError(f"weight {wrong} is {flat[wrong]}", hint="clean the input")
+    return flat
+
+
+def _refuse_device(tensor: Tensor, name: str) -> None:
+    if tensor.device.type != "cpu":
+        raise InputError(
+            f"the {name} lie on {tensor.device}", hint=f"these rows live in main memory: pass {name}.cpu()"
+        )

@@ -16,7 +16,7 @@ from vitalfew.embeddings.models import DLRM
 from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad
 from vitalfew.embeddings.tables import EmbeddingBags, Table
 
-__all__ = ["Settings", "build", "dense_optimizer"]
+__all__ = ["Settings", "build", "build_arm", "dense_optimizer"]
 
 _STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RULES: dict[str, type[Optimizer]] = {
@@ -25,6 +25,7 @@ _RULES: dict[str, type[Optimizer]] = {
     "rowwise_adagrad": RowwiseAdagrad,
     "adam": LazyAdam,
 }
+_WIDEST = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ class Settings:
         for name in ("dim", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}", hint="see --help")
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative, got {self.seed}", hint="0 is the default")
+        for width in (self.dim, *self.bottom, *self.top):
+            if not 1 <= width <= _WIDEST:
+                raise InputError(f"a layer cannot have the width {width}", hint=f"choose from 1 to {_WIDEST:,}")
         if self.storage not in _STORAGE:
             raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(_STORAGE)}")
         self.rule()
@@ -74,6 +80,10 @@ class Settings:
         if self.optimizer not in _RULES:
             raise InputError(f"there is no optimizer {self.optimizer!r}", hint=f"choose one of {', '.join(_RULES)}")
         return _RULES[self.optimizer](lr=self.lr)
+
+    def plain_rule(self) -> Optimizer:
+        """Return the rule of the plain PyTorch arm: the same one, but Adagrad where PyTorch has no rowwise Adagrad."""
+        return Adagrad(lr=self.lr) if self.optimizer == "rowwise_adagrad" else self.rule()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -124,3 +134,14 @@ def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=settings.lr)
     return torch.optim.Adagrad(parameters, lr=settings.lr)
+
+
+def build_arm(
+    num_rows: Mapping[str, int], num_dense: int, settings: Settings, *, plain: bool
+) -> tuple[DLRM, list[torch.optim.Optimizer]]:
+    """Build the model of one way to train, and every torch optimizer it needs."""
+    model = build(num_rows, num_dense, settings, plain=plain)
+    optimizers = [dense_optimizer(model, settings)]
+    if isinstance(model.tables, TorchBags):
+        optimizers.append(model.tables.optimizer(settings.plain_rule()))
+    return model, optimizers

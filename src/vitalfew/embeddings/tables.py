@@ -47,6 +47,11 @@ class Table:
             )
         if self.pooling not in ("sum", "mean"):
             raise InputError(f"table `{self.name}` cannot pool by {self.pooling!r}", hint="use 'sum' or 'mean'")
+        if isinstance(self.features, str):
+            raise InputError(
+                f"features of table `{self.name}` must be a tuple, got {self.features!r}",
+                hint=f"pass ({self.features!r},)",
+            )
 
 
 class EmbeddingBags(nn.Module):
@@ -64,8 +69,8 @@ class EmbeddingBags(nn.Module):
     dtype
         Storage of the weights; bfloat16 and float16 are written with stochastic rounding. State is float32.
     update
-        ``"backward"`` (rows change at the end of each backward pass) or ``"step"`` (call `step`; for gradient
-        accumulation, clipping and loss scaling).
+        ``"backward"`` (rows change at the end of each backward pass) or ``"step"`` (call `step`, and `zero_grad` to
+        drop what waits; for gradient accumulation, clipping and loss scaling).
     generator
         For the initial rows, uniform in ``+-1/sqrt(num_rows)`` as in the DLRM reference code.
 
@@ -133,7 +138,7 @@ class EmbeddingBags(nn.Module):
             if target.dtype == torch.float32:
                 target.uniform_(-bound, bound, generator=generator)
             else:
-                target.copy_(torch.empty(target.shape).uniform_(-bound, bound, generator=generator))
+                target.copy_(torch.empty_like(target, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the pooled rows, float32, shape (samples, features, dim).
@@ -188,6 +193,11 @@ class EmbeddingBags(nn.Module):
         """With ``update="step"``: update every touched row once from all gradients since the last step."""
         self.rows.step()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """With ``update="step"``: drop the gradients that wait. A model's own ``zero_grad`` does not reach here."""
+        super().zero_grad(set_to_none)
+        self.rows.zero_grad()
+
     def extra_repr(self) -> str:
         total = sum(t.num_rows for t in self.tables)
         return f"{len(self.tables)} tables, {total:,} rows x {self.dim}, {self.rows.optimizer}"
@@ -197,9 +207,10 @@ class EmbeddingBags(nn.Module):
             "tables": [[t.name, t.num_rows] for t in self.tables],
             "optimizer": self.rows.optimizer.to_dict(),
             "steps": self.rows.counts.steps,
+            "seed": self.rows.seed,
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def _check_extra_state(self, state: dict[str, Any]) -> None:
         mine = [[t.name, t.num_rows] for t in self.tables]
         if state["tables"] != mine:
             raise InputError(f"the checkpoint holds the tables {state['tables']}, not {mine}", hint="use its schema")
@@ -208,16 +219,22 @@ class EmbeddingBags(nn.Module):
                 f"the checkpoint was trained by {state['optimizer']['name']}, not {self.rows.optimizer.name}",
                 hint="use the same optimizer: its state belongs to the rows",
             )
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._check_extra_state(state)
         self.rows.optimizer = optimizer_from_dict(state["optimizer"])
         self.rows.counts.steps = state["steps"]
+        self.rows.seed = state["seed"]
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
         if metadata.get("assign_to_params_buffers"):
             raise InputError("load_state_dict(assign=True) would cut the rows off their store", hint="assign=False")
+        if (extra := state.get(f"{prefix}_extra_state")) is not None:
+            self._check_extra_state(extra)  # before any row is overwritten
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBags:
-        probe = fn(torch.zeros(0, dtype=self.rows.weight.dtype))
+        probe = fn(torch.zeros(0, dtype=self.rows.weight.dtype, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != self.rows.weight.dtype:
             raise InputError(
                 f"the rows stay on the CPU as {self.rows.weight.dtype}, "
@@ -227,10 +244,15 @@ class EmbeddingBags(nn.Module):
         return self
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], tables: EmbeddingBags | Rows, max_norm: float) -> float:
+def clip_grad_norm(
+    parameters: Iterable[Tensor],
+    tables: EmbeddingBags | Rows | Iterable[EmbeddingBags | Rows],
+    max_norm: float,
+) -> float:
     """Clip the dense gradients and the rows' together by their joint 2-norm, exactly; return that norm.
 
     Needs ``update="step"``: in backward mode the rows have changed before anyone knows the norm, and this refuses.
+    Several tables go in a list; those of a wrapped model are ``handle.rows``.
 
     Examples
     --------
@@ -242,13 +264,17 @@ def clip_grad_norm(parameters: Iterable[Tensor], tables: EmbeddingBags | Rows, m
     2.8284
     >>> tables.step()
     """
-    rows = tables.rows if isinstance(tables, EmbeddingBags) else tables
+    if not max_norm >= 0:
+        raise InputError(f"max_norm must not be negative, got {max_norm}", hint="1.0 is usual")
+    several = [tables] if isinstance(tables, EmbeddingBags | Rows) else tables
+    slabs = [each.rows if isinstance(each, EmbeddingBags) else each for each in several]
     grads = [p.grad for p in parameters if p.grad is not None]
     square = sum(float(g.double().square().sum()) for g in grads)
-    norm = math.sqrt(square + rows.grad_norm() ** 2)
-    if norm > max_norm:
+    norm = math.sqrt(square + sum(rows.grad_norm() ** 2 for rows in slabs))
+    if norm > max_norm and math.isfinite(norm):  # otherwise the step refuses
         factor = max_norm / norm
         for g in grads:
             g.mul_(factor)
-        rows.scale_grad(factor)
+        for rows in slabs:
+            rows.scale_grad(factor)
     return norm

@@ -12,9 +12,10 @@ from vitalfew.core.compare import Arm
 from vitalfew.core.receipt import Pair
 from vitalfew.data.batches import Batches
 from vitalfew.data.log import EncodedLog
-from vitalfew.embeddings.fitting import predict, train_step
-from vitalfew.embeddings.metrics import BinaryMetrics, binary_metrics
-from vitalfew.embeddings.settings import Settings, build, dense_optimizer
+from vitalfew.embeddings.fitting import evaluate, train_step
+from vitalfew.embeddings.metrics import BinaryMetrics
+from vitalfew.embeddings.settings import Settings, build_arm
+from vitalfew.embeddings.tables import EmbeddingBags
 
 __all__ = ["Trial", "paired_trial"]
 
@@ -129,10 +130,7 @@ def paired_trial(
     def arm(name: str, *, plain: bool) -> Arm:
         def run(seed: int) -> Generator[None, None, Outcome]:
             mine = dataclasses.replace(settings, seed=settings.seed + seed)
-            model = build(num_rows, num_dense, mine, plain=plain)
-            optimizers = [dense_optimizer(model, mine)]
-            if plain:
-                optimizers.append(model.tables.optimizer(mine.rule()))  # type: ignore[attr-defined]
+            model, optimizers = build_arm(num_rows, num_dense, mine, plain=plain)
             batches = Batches(train, mine.batch_size, seed=mine.seed)
             steps = min(len(batches), max_steps or len(batches))
             info["steps"] = steps
@@ -150,10 +148,8 @@ def paired_trial(
                 if progress:
                     progress(done - before)
                 yield
-            later = Batches(test, 8192, shuffle=False)
-            label = test.block(0, len(test)).label
-            metrics = binary_metrics(label if label is not None else [], predict(model, later.epoch(0)))
-            written = 0 if plain else model.tables.counts.rows_updated  # type: ignore[attr-defined]
+            metrics = evaluate(model, test)
+            written = model.tables.counts.rows_updated if isinstance(model.tables, EmbeddingBags) else 0
             runs[name].append(_Run(seconds, rows, metrics, written))
             return Outcome(seconds, metrics.auc, float(rows))
 
@@ -176,10 +172,11 @@ def paired_trial(
 
 
 def _warm_up(num_rows: Mapping[str, int], train: EncodedLog, settings: Settings) -> None:
-    """Compile the kernels before anything is timed, on small tables."""
+    """Take two steps each way on small tables: kernels compile and torch loads what it needs before the clock runs."""
     block = train.block(0, min(256, len(train)))
     rows = {name: min(size, 1000) for name, size in num_rows.items()}
     small = dataclasses.replace(block, ids=block.ids % min(rows.values()))
-    model = build(rows, train.num_dense, settings)
-    for _ in range(2):
-        train_step(model, [dense_optimizer(model, settings)], small)
+    for plain in (True, False):
+        model, optimizers = build_arm(rows, train.num_dense, settings, plain=plain)
+        for _ in range(2):
+            train_step(model, optimizers, small)

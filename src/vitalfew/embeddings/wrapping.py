@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitalfew.core import InputError, Line, Receipt
 from vitalfew.embeddings.optim import Optimizer, optimizer_from_dict
-from vitalfew.embeddings.rows import Counts, Layout, Rows
+from vitalfew.embeddings.rows import Counts, Layout, Rows, as_offsets, step_together
 
 __all__ = ["Wrapped", "wrap"]
 
@@ -36,10 +36,23 @@ class _Lookup(nn.Module):
             num_rows=np.array([original.num_embeddings], np.int64),
             mean=np.array([getattr(original, "mode", "sum") == "mean"], np.bool_),
         )
-        self.register_buffer("weight", rows.weight[start : start + original.num_embeddings])
+        self._start = start
+        self.register_buffer("weight", self._view())
+
+    def _view(self) -> Tensor:
+        return self._rows.weight[self._start : self._start + self.num_embeddings]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers["weight"] = self._view()  # pickle copies a view apart from its base
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise InputError("load_state_dict(assign=True) would cut the rows off their store", hint="assign=False")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Lookup:
-        probe = fn(torch.zeros(0))
+        probe = fn(torch.zeros(0, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
             raise InputError(
                 f"wrapped rows stay float32 on the CPU, they cannot become {probe.dtype} on {probe.device}",
@@ -59,9 +72,7 @@ class _Embedding(_Lookup):
         else:
             # A padding id is an empty bag: no gradient reaches its row, whose value is put back afterwards.
             real = flat != self.padding_idx
-            offsets = torch.zeros(len(flat) + 1, dtype=torch.int64)
-            torch.cumsum(real, 0, out=offsets[1:])
-            out = self._rows.bags(self._layout, flat[real], offsets)
+            out = self._rows.bags(self._layout, flat[real], _running_count(real))
             out = torch.where(real.unsqueeze(1), out, self.weight[self.padding_idx])
         return out.reshape(*ids.shape, self.embedding_dim)
 
@@ -75,25 +86,37 @@ class _EmbeddingBag(_Lookup):
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if per_sample_weights is not None and self.mode != "sum":
             raise InputError(f"per_sample_weights need mode='sum', got {self.mode!r}", hint="as in nn.EmbeddingBag")
+        if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
+            raise InputError(
+                f"per_sample_weights have shape {tuple(per_sample_weights.shape)}, the ids {tuple(ids.shape)}",
+                hint="as in nn.EmbeddingBag",
+            )
         if ids.dim() == 2:
             if offsets is not None:
                 raise InputError("two-dimensional ids have no offsets", hint="as in nn.EmbeddingBag")
-            edges = torch.arange(0, ids.numel() + 1, max(ids.shape[1], 1))
+            edges = torch.arange(len(ids) + 1, device="cpu") * ids.shape[1]
+        elif ids.dim() != 1:
+            raise InputError(f"ids have {ids.dim()} dimensions", hint="pass one or two, as in nn.EmbeddingBag")
         elif offsets is None:
             raise InputError("one-dimensional ids need offsets", hint="as in nn.EmbeddingBag")
         elif self.include_last_offset:
-            edges = offsets.long()
+            edges = offsets
         else:
-            edges = torch.cat([offsets.long(), torch.tensor([ids.numel()])])
+            edges = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
         flat = ids.reshape(-1)
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         if self.padding_idx is not None:
             real = flat != self.padding_idx
-            kept = torch.zeros(len(flat) + 1, dtype=torch.int64)
-            torch.cumsum(real, 0, out=kept[1:])
-            edges, flat = kept[edges], flat[real]
+            edges, flat = _running_count(real)[torch.from_numpy(as_offsets(edges, len(flat)))], flat[real]
             weights = None if weights is None else weights[real]
         return self._rows.bags(self._layout, flat, edges, weights)
+
+
+def _running_count(true: Tensor) -> Tensor:
+    """Return how many are true before each entry, and in all."""
+    count = torch.zeros(len(true) + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(true, 0, out=count[1:])
+    return count
 
 
 class Wrapped:
@@ -105,6 +128,8 @@ class Wrapped:
         The user's model, the same object.
     names
         The modules that were replaced.
+    rows
+        Their rows, one slab per width.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, places: dict[str, nn.Module], rows: list[Rows]) -> None:
@@ -112,7 +137,7 @@ class Wrapped:
         self.names = tuple(places)
         self._originals = places
         self._optimizer = optimizer
-        self._rows = rows
+        self.rows = tuple(rows)
         self._active = True
 
     def undo(self) -> None:
@@ -125,6 +150,7 @@ class Wrapped:
                 original.weight.copy_(found.weight)  # type: ignore[operator,arg-type]
             original.train(found.training)
             _put(self.model, name, original)
+        self.zero_grad()
         self._active = False
 
     def __enter__(self) -> Wrapped:
@@ -138,7 +164,7 @@ class Wrapped:
     @property
     def counts(self) -> Counts:
         """Lookups and rows updated over all tables; steps of the busiest."""
-        each = [rows.counts for rows in self._rows]
+        each = [rows.counts for rows in self.rows]
         return Counts(
             sum(c.lookups for c in each), sum(c.rows_updated for c in each), max((c.steps for c in each), default=0)
         )
@@ -151,55 +177,54 @@ class Wrapped:
     @lr.setter
     def lr(self, value: float) -> None:
         self._optimizer = optimizer_from_dict(self._optimizer.to_dict() | {"lr": value})
-        for rows in self._rows:
+        for rows in self.rows:
             rows.optimizer = self._optimizer
 
     def step(self) -> None:
         """With ``update="step"``: update every touched row once from all gradients since the last step."""
-        for rows in self._rows:
-            rows.step()
+        step_together(*self.rows)
 
     def zero_grad(self) -> None:
         """With ``update="step"``: drop the gradients that wait."""
-        for rows in self._rows:
+        for rows in self.rows:
             rows.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's settings and state; the weights are in ``model.state_dict()`` as ever."""
         return {
             "optimizer": self._optimizer.to_dict(),
-            "steps": [rows.counts.steps for rows in self._rows],
-            "state": [{name: tensor.clone() for name, tensor in rows.state.items()} for rows in self._rows],
+            "steps": [rows.counts.steps for rows in self.rows],
+            "state": [{name: tensor.clone() for name, tensor in rows.state.items()} for rows in self.rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        if len(state["state"]) != len(self._rows) or state["optimizer"]["name"] != self._optimizer.name:
+        if len(state["state"]) != len(self.rows) or state["optimizer"]["name"] != self._optimizer.name:
             raise InputError(
                 f"this state is of {len(state['state'])} slabs under {state['optimizer']['name']}, "
-                f"here are {len(self._rows)} under {self._optimizer.name}",
+                f"here are {len(self.rows)} under {self._optimizer.name}",
                 hint="wrap the same model with the same optimizer",
             )
-        for rows, saved in zip(self._rows, state["state"], strict=True):
+        for rows, saved in zip(self.rows, state["state"], strict=True):
             for name, tensor in rows.state.items():
                 if tensor.shape != saved[name].shape:
                     raise InputError(
                         f"state {name} has shape {tuple(saved[name].shape)}, the tables need {tuple(tensor.shape)}",
                         hint="wrap the same model",
                     )
-        for rows, saved, steps in zip(self._rows, state["state"], state["steps"], strict=True):
+        for rows, saved, steps in zip(self.rows, state["state"], state["steps"], strict=True):
             for name, tensor in rows.state.items():
                 tensor.copy_(saved[name])
             rows.counts.steps = steps
         self._optimizer = optimizer_from_dict(state["optimizer"])
-        for rows in self._rows:
+        for rows in self.rows:
             rows.optimizer = self._optimizer
 
     def receipt(self) -> Receipt:
         """Return what was counted: rows written against those a dense optimizer writes, gradient bytes never built."""
         counts = self.counts
-        num_rows = sum(len(rows.weight) for rows in self._rows)
-        gradient = sum(rows.weight.numel() * 4 for rows in self._rows)
+        num_rows = sum(len(rows.weight) for rows in self.rows)
+        gradient = sum(rows.weight.numel() * 4 for rows in self.rows)
         lines = (
             Line("rows written", "rows", float(num_rows * counts.steps), float(counts.rows_updated), "counted"),
             Line("gradient of the tables", "B", float(gradient), 0.0, "counted", note="per step; before: dense"),
@@ -219,6 +244,13 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward) or "forward" in vars(module):
+        raise InputError(f"`{name}` has a forward of its own", hint="leave this module out with only=")
+    if "weight" not in module._parameters:
+        raise InputError(f"the weight of `{name}` is computed", hint="leave this module out with only=")
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
+        raise InputError(f"`{name}` carries hooks, which would not run", hint="take them off, or leave it out with only=")
     for setting in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, setting):
             raise InputError(
@@ -284,7 +316,9 @@ def wrap(
     if missing:
         raise InputError(f"there is no trainable embedding `{min(missing)}`", hint="see model.named_modules()")
     if not found:
-        raise InputError("the model holds no trainable nn.Embedding or nn.EmbeddingBag", hint="nothing to wrap")
+        raise InputError(
+            "the model holds no trainable nn.Embedding or nn.EmbeddingBag", hint="pass the module that holds them"
+        )
     for name, module in found.items():
         _check(name, module)
     ours = {id(module) for module in found.values()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vitalfew.core import InputError
 
@@ -36,6 +38,36 @@ def _layers(sizes: Sequence[int], generator: torch.Generator | None, *, last_lin
         if not (last_linear and i == len(sizes) - 2):
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+
+@lru_cache
+def _places(fields: int) -> tuple[Tensor, Tensor]:
+    """Return where each pair stands in the square of products, and which pair stands at each place of it."""
+    i, j = torch.tril_indices(fields, fields, -1)
+    pair = torch.full((fields, fields), len(i))  # on the diagonal: one past the last pair
+    pair[i, j] = pair[j, i] = torch.arange(len(i))
+    return i * fields + j, pair.flatten()
+
+
+class _PairDots(torch.autograd.Function):
+    """The dot products of all pairs of fields, (samples, F, D) to (samples, F (F - 1) / 2).
+
+    The product of a matrix with its own transpose has a symmetric gradient, so backward needs one product, not two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fields: Tensor) -> Tensor:
+        ctx.save_for_backward(fields)
+        places, _ = _places(fields.shape[1])
+        return torch.bmm(fields, fields.transpose(1, 2)).flatten(1).index_select(1, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (fields,) = ctx.saved_tensors
+        _, pairs = _places(fields.shape[1])
+        square = nn.functional.pad(grad.to(fields.dtype), (0, 1)).index_select(1, pairs)
+        return torch.bmm(square.view(len(grad), fields.shape[1], -1), fields)
 
 
 class DLRM(nn.Module):
@@ -84,9 +116,7 @@ class DLRM(nn.Module):
         self.tables = tables
         self.dense_in = dense_in
         self.bottom = _layers([dense_in, *bottom], generator, last_linear=False) if dense_in else None
-        pairs = torch.tril_indices(fields, fields, -1)
-        self.register_buffer("pairs", pairs[0] * fields + pairs[1], persistent=False)
-        width = pairs.shape[1] + (tables.dim if dense_in else 0)
+        width = fields * (fields - 1) // 2 + (tables.dim if dense_in else 0)
         self.top = _layers([width, *top], generator, last_linear=True)
 
     def forward(self, dense: Tensor | None, ids: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -108,7 +138,6 @@ class DLRM(nn.Module):
             low = self.bottom(dense)
             fields = torch.cat([low.unsqueeze(1).to(fields.dtype), fields], dim=1)
             inputs.append(low)
-        products = torch.bmm(fields, fields.transpose(1, 2)).flatten(1)
-        inputs.append(products.index_select(1, self.pairs))  # type: ignore[arg-type]
+        inputs.append(_PairDots.apply(fields))  # type: ignore[no-untyped-call]
         logit: Tensor = self.top(torch.cat(inputs, dim=1))
         return logit.squeeze(1)
