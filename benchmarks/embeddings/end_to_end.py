@@ -20,22 +20,18 @@ from vitalfew.core import Receipt, Rule
 from vitalfew.core.files import write_document
 from vitalfew.data.sample import FLIGHTS_CROSSES, flights
 from vitalfew.data.synthetic import write_criteo_like
-from vitalfew.embeddings.jobs import LogOptions, make_receipt, prepare
-from vitalfew.embeddings.payoff import predict_payoff
-from vitalfew.embeddings.peak import peak_memory
+from vitalfew.embeddings.account import gather, make_receipt
+from vitalfew.embeddings.options import LogOptions, silent
+from vitalfew.embeddings.preparing import prepare
 from vitalfew.embeddings.settings import Settings
-from vitalfew.embeddings.trial import paired_trial
 from vitalfew.meter import machine
 
 
 def run(name: str, log: Path, options: LogOptions, settings: Settings, pairs: int, steps: int | None) -> Receipt:
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(str(log), options, settings, Path(folder) / "work", lambda stage, share: None)
-        predicted = predict_payoff(job.num_rows, job.encoder.counts, job.train.num_dense, settings)
-        rule = Rule("equal work", tolerance=0.001)
-        trial = paired_trial(job.train, job.test, job.num_rows, settings, rule, pairs=pairs, max_steps=steps)
-        peaks = tuple(peak_memory(job.train.folder, job.num_rows, settings, plain=plain) for plain in (True, False))
-        receipt = make_receipt(job, None, None, trial, predicted, peaks, " ".join(sys.argv), title=name)
+        job = prepare(str(log), options, settings, Path(folder) / "work", silent)
+        evidence = gather(job, Rule("equal work", tolerance=0.001), pairs=pairs, max_steps=steps, progress=silent)
+        receipt = make_receipt(job, evidence, command=" ".join(sys.argv), title=name)
     print(f"{name}: {receipt.verdict}: {receipt.why}")
     for line in receipt.lines:
         print(f"  {line.what}: {line.before} -> {line.after} {line.unit} ({line.how})")
@@ -50,7 +46,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out")
     args = parser.parse_args()
-    small = Settings(bottom=(64,), top=(64,), batch_size=512)
+    small = Settings(bottom=(64,), top=(64,), batch_size=1024)
     receipts = [run("flights", flights(), LogOptions("late", "time", crosses=FLIGHTS_CROSSES), small, args.pairs, None)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "criteo_like.parquet"

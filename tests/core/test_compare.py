@@ -259,7 +259,7 @@ def test_every_verdict_can_be_reached(at, logs, falls, verdict, why):
 def test_lost_quality_goes_before_any_saving(at, log):
     found = judge(Rule(at, 0.01), make(spread(log, 0.01), spread(-0.05, 0.004), at=at), metric="AUC")
     assert found.verdict == "quality lost"
-    assert found.why.startswith("AUC falls by 0.05 (at least 0.0")
+    assert found.why.startswith("AUC falls by 0.0500 (at least 0.0")
     assert found.quality.finding == "worse"
 
 

@@ -176,6 +176,10 @@ def judge(rule: Rule, pairs: Sequence[Pair], *, metric: str = "quality") -> Comp
         finding,
     )
 
+    def small(value: float, sign: str = "") -> str:
+        # Two digits beyond the tolerance's first say how far from it a difference lies.
+        return f"{value:{sign}.{max(0, 2 - math.floor(math.log10(rule.tolerance)))}f}"
+
     limit = math.log(rule.min_saving)
     unequal = next((text for pair in pairs if (text := _unequal(rule, pair))), None)
     verdict: Verdict = "undecided"
@@ -187,7 +191,8 @@ def judge(rule: Rule, pairs: Sequence[Pair], *, metric: str = "quality") -> Comp
     elif fall.high < -rule.tolerance:
         verdict = "quality lost"
         why = (
-            f"{metric} falls by {-fall.mean:.2g} (at least {-fall.high:.2g}), more than the {rule.tolerance:g} allowed"
+            f"{metric} falls by {small(-fall.mean)} (at least {small(-fall.high)}), "
+            f"more than the {rule.tolerance:g} allowed"
         )
     elif log.high < limit:
         verdict = "no saving"
@@ -195,7 +200,8 @@ def judge(rule: Rule, pairs: Sequence[Pair], *, metric: str = "quality") -> Comp
     elif log.low > limit and fall.low > -rule.tolerance:
         verdict = "saved"
         why = (
-            f"{ratio.mean:.2f}x (at least {ratio.low:.2f}x), {metric} {fall.mean:+.2g} (no worse than {fall.low:+.2g})"
+            f"{ratio.mean:.2f}x (at least {ratio.low:.2f}x), "
+            f"{metric} {small(fall.mean, '+')} (no worse than {small(fall.low, '+')})"
         )
     else:
         doubts, wants = [], []
@@ -203,7 +209,7 @@ def judge(rule: Rule, pairs: Sequence[Pair], *, metric: str = "quality") -> Comp
             doubts.append(f"the ratio may be as low as {ratio.low:.2f}x")
             wants.append(pairs_needed(logs, abs(log.mean - limit), rule.confidence))
         if not fall.low > -rule.tolerance:
-            doubts.append(f"{metric} may fall by {-fall.low:.2g}, {rule.tolerance:g} is allowed")
+            doubts.append(f"{metric} may fall by {small(-fall.low)}, {rule.tolerance:g} is allowed")
             wants.append(pairs_needed(falls, abs(fall.mean + rule.tolerance), two_sided))
         numbers = [want for want in wants if want is not None]
         needed = max([*numbers, n + 1]) if len(numbers) == len(wants) else None

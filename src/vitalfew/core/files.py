@@ -137,6 +137,8 @@ def read_document(
     schema: str,
     version: int,
     upgrades: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
+    *,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Read a JSON document, bringing older versions up step by step.
 
@@ -148,6 +150,8 @@ def read_document(
         What the caller understands.
     upgrades
         From version n to a function that makes version n + 1.
+    check
+        Sees the content as it was written, before any upgrade; may raise.
 
     Raises
     ------
@@ -175,6 +179,8 @@ def read_document(
             hint="upgrade vitalfew",
         )
     body = {key: value for key, value in document.items() if key not in ("schema", "version")}
+    if check is not None:
+        check(body)
     for step in range(found_version, version):
         upgrade = (upgrades or {}).get(step)
         if upgrade is None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ __all__ = ["Curve", "Declined", "How", "Line", "Pair", "Prediction", "Quality", 
 How = Literal["measured", "counted", "modelled"]
 Verdict = Literal["saved", "no saving", "quality lost", "undecided"]
 
-_VERSION = 1
+SCHEMA_VERSION = 1
 _HOWS = ("measured", "counted", "modelled")
 _VERDICTS = ("saved", "no saving", "quality lost", "undecided")
 
@@ -202,12 +202,11 @@ class Receipt:
 
     def digest(self) -> str:
         """Return the SHA-256 over the content in canonical JSON."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        return _digest(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the receipt with its digest, in one step."""
-        write_document(path, "receipt", _VERSION, {"digest": self.digest(), **self.to_dict()})
+        write_document(path, "receipt", SCHEMA_VERSION, {"digest": self.digest(), **self.to_dict()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Receipt:
@@ -218,18 +217,21 @@ class Receipt:
         InputError
             If it is no receipt, or (with `verify`) its content no longer has the digest it was saved with.
         """
-        body = read_document(path, "receipt", _VERSION)
-        said = body.pop("digest", None)
-        receipt = cls.from_dict(body)
-        if verify and said != receipt.digest():
-            raise InputError(
-                f"{path} was changed after it was written: it says {str(said)[:19]}..., "
-                f"its content has {receipt.digest()[:19]}...",
-                hint="ask for the original, or make it again",
-            )
-        return receipt
+
+        def as_written(body: dict[str, Any]) -> None:
+            said, found = body.get("digest"), _digest({k: v for k, v in body.items() if k != "digest"})
+            if said != found:
+                raise InputError(
+                    f"{path} was changed after it was written: it says {str(said)[:19]}..., "
+                    f"its content has {found[:19]}...",
+                    hint="ask for the original, or make it again",
+                )
+
+        body = read_document(path, "receipt", SCHEMA_VERSION, check=as_written if verify else None)
+        body.pop("digest", None)
+        return cls.from_dict(body)
 
 
-def find_line(lines: Sequence[Line], what: str) -> Line | None:
-    """Return the first line of that name."""
-    return next((line for line in lines if line.what == what), None)
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from vitalfew.core import Comparison, Line, Outcome, Quality, Rule, compare, judge
 from vitalfew.core.compare import Arm
@@ -55,47 +57,35 @@ class Trial:
         return (
             Line("training time", "s", seconds[0], seconds[1], "measured", low, high, f"{rows:,} rows, mean of pairs"),
             Line("training speed", "rows/s", rows / seconds[0], rows / seconds[1], "measured"),
-            Line(
-                "sparse gradient built",
-                "B",
-                float(self.gradient_bytes),
-                0.0,
-                "counted",
-                note="per step",
-            ),
+            Line("sparse gradient built", "B", float(self.gradient_bytes), 0.0, "counted", note="per step"),
             Line("table rows written", "rows", None, written, "counted", note=f"of {self.table_rows:,} in the tables"),
         )
 
     def qualities(self) -> tuple[Quality, ...]:
-        """Return AUC, log loss and calibration with their paired differences."""
-        rule = self.comparison.rule
-        others = []
-        for metric, better in (("log loss", -1.0), ("calibration", 1.0)):
-            name = metric.replace(" ", "_")
-            pairs = [
-                Pair(
-                    i,
-                    "base",
-                    1.0,
-                    1.0,
-                    better * getattr(b.metrics, name),
-                    better * getattr(f.metrics, name),
-                )
-                for i, (b, f) in enumerate(zip(self.runs["base"], self.runs["few"], strict=True))
-            ]
-            tolerance = rule.tolerance if metric == "log loss" else 10 * rule.tolerance
-            found = judge(dataclasses.replace(rule, tolerance=tolerance), pairs, metric=metric).quality
-            if better < 0:
-                found = dataclasses.replace(
-                    found,
-                    before=-found.before,
-                    after=-found.after,
-                    difference=-found.difference,
-                    low=None if found.high is None else -found.high,
-                    high=None if found.low is None else -found.low,
-                )
-            others.append(found)
-        return (self.comparison.quality, *others)
+        """Return AUC, log loss and calibration error with their paired differences."""
+        tolerance = self.comparison.rule.tolerance
+        return (
+            self.comparison.quality,
+            self._less_is_better("log loss", lambda m: m.log_loss, tolerance),
+            self._less_is_better("calibration error", lambda m: abs(m.calibration - 1), 10 * tolerance),
+        )
+
+    def _less_is_better(self, metric: str, of: Callable[[BinaryMetrics], float], tolerance: float) -> Quality:
+        """Judge the negative, in which more is better, and turn the figures back."""
+        pairs = [
+            Pair(seed, "base", 1.0, 1.0, -of(base.metrics), -of(few.metrics))
+            for seed, (base, few) in enumerate(zip(self.runs["base"], self.runs["few"], strict=True))
+        ]
+        rule = dataclasses.replace(self.comparison.rule, tolerance=tolerance)
+        found = judge(rule, pairs, metric=metric).quality
+        return dataclasses.replace(
+            found,
+            before=-found.before,
+            after=-found.after,
+            difference=-found.difference,
+            low=None if found.high is None else -found.high,
+            high=None if found.low is None else -found.low,
+        )
 
 
 def paired_trial(
@@ -124,29 +114,23 @@ def paired_trial(
         Called with the number of steps just done, over all arms and pairs.
     """
     runs: dict[str, list[_Run]] = {"base": [], "few": []}
-    info: dict[str, int] = {}
-    num_dense = train.num_dense
+    num_steps = min(len(Batches(train, settings.batch_size)), max_steps or sys.maxsize)
 
     def arm(name: str, *, plain: bool) -> Arm:
         def run(seed: int) -> Generator[None, None, Outcome]:
             mine = dataclasses.replace(settings, seed=settings.seed + seed)
-            model, optimizers = build_arm(num_rows, num_dense, mine, plain=plain)
-            batches = Batches(train, mine.batch_size, seed=mine.seed)
-            steps = min(len(batches), max_steps or len(batches))
-            info["steps"] = steps
-            seconds, rows, done = 0.0, 0, 0
-            stream = batches.epoch(0)
-            while done < steps:
+            model, optimizers = build_arm(num_rows, train.num_dense, mine, plain=plain)
+            stream = Batches(train, mine.batch_size, seed=mine.seed).epoch(0)
+            seconds, rows = 0.0, 0
+            for first in range(0, num_steps, _SLICE):
+                size = min(_SLICE, num_steps - first)
                 start = time.perf_counter()
-                before = done
-                for _ in range(min(_SLICE, steps - done)):
-                    batch = next(stream)
+                for batch in islice(stream, size):
                     train_step(model, optimizers, batch)
                     rows += len(batch)
-                    done += 1
                 seconds += time.perf_counter() - start
                 if progress:
-                    progress(done - before)
+                    progress(size)
                 yield
             metrics = evaluate(model, test)
             written = model.tables.counts.rows_updated if isinstance(model.tables, EmbeddingBags) else 0
@@ -168,7 +152,7 @@ def paired_trial(
     )
     total = sum(num_rows.values())
     ids = train.block(0, min(settings.batch_size, len(train))).ids
-    return Trial(comparison, runs, total, int(ids.size) * (settings.dim * 4 + 8), info["steps"])
+    return Trial(comparison, runs, total, int(ids.size) * (settings.dim * 4 + 8), num_steps)
 
 
 def _warm_up(num_rows: Mapping[str, int], train: EncodedLog, settings: Settings) -> None:

@@ -43,7 +43,7 @@ class _Lookup(nn.Module):
         return self._rows.weight[self._start : self._start + self.num_embeddings]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._buffers["weight"] = self._view()  # pickle copies a view apart from its base
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
@@ -250,7 +250,9 @@ def _check(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
         raise InputError(f"the weight of `{name}` is computed", hint="leave this module out with only=")
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
-        raise InputError(f"`{name}` carries hooks, which would not run", hint="take them off, or leave it out with only=")
+        raise InputError(
+            f"`{name}` carries hooks, which would not run", hint="take them off, or leave it out with only="
+        )
     for setting in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, setting):
             raise InputError(

@@ -11,7 +11,8 @@ import numpy as np
 
 from vitalfew.core import Curve, Profile
 from vitalfew.data import Encoder, Schema
-from vitalfew.embeddings.jobs import LogOptions, Progress, curves, open_with
+from vitalfew.embeddings.account import curves
+from vitalfew.embeddings.options import LogOptions, Progress, open_with, silent
 from vitalfew.embeddings.payoff import Payoff, predict_payoff
 from vitalfew.embeddings.settings import Settings
 
@@ -35,7 +36,7 @@ class ColumnLook:
     skew
         Gini coefficient, 0 to 1.
     missing
-        Share of the rows where it is missing.
+        Share of the lookups that go to the row of missing (and too rare) values.
     """
 
     name: str
@@ -82,12 +83,8 @@ def _profile(name: str, counts: np.ndarray[Any, np.dtype[Any]]) -> Profile:
     return Profile(name, np.arange(len(values)), values, float(values.sum()), values[None, :])
 
 
-def _silent(stage: str, share: float) -> None:
-    del stage, share
-
-
 def look_at_log(
-    path: str | Sequence[str], options: LogOptions, settings: Settings | None = None, *, progress: Progress = _silent
+    path: str | Sequence[str], options: LogOptions, settings: Settings | None = None, *, progress: Progress = silent
 ) -> Look:
     """Read a log once, count every id, and time a few training steps on ids drawn from the counts.
 
@@ -130,18 +127,18 @@ def look_at_log(
                 profile.coverage(top),
                 profile.items_for(0.9),
                 profile.skew(),
-                float(counts[0]) / rows if rows else 0.0,
+                float(counts[0]) / max(profile.total, 1.0),
             )
         )
-    whole = _profile("all tables", np.concatenate(every) if every else np.zeros(0))
+    whole = _profile("all tables", np.concatenate([np.zeros(0), *every]))
     progress("time steps", 0.0)
-    payoff = predict_payoff(encoder.num_rows, encoder.counts, len(schema.numeric), settings)
+    payoff = predict_payoff(encoder.num_rows, encoder.counts, len(schema.numeric), settings, max_rows=rows)
     progress("time steps", 1.0)
     table_rows = sum(encoder.num_rows.values())
     width = 4 * settings.dim + settings.rule().state_bytes(settings.dim)
     return Look(
         rows,
-        encoder.label_counts[1] / rows if rows else 0.0,
+        encoder.label_counts[1] / rows,
         schema,
         tuple(columns),
         table_rows,

@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from vitalfew.core import Receipt
 from vitalfew.core.files import write_text
-from vitalfew.core.receipt import _VERSION as SCHEMA_VERSION
+from vitalfew.core.receipt import SCHEMA_VERSION
 from vitalfew.report.charts import coverage_chart, ladder_chart, pairs_chart, prediction_chart
 from vitalfew.report.figures import amount, clean, headline
 from vitalfew.report.tables import Cell, Table, gini, tables, work_of

@@ -1,0 +1,142 @@
+"""Turn a log into what training reads, in the folder of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vitalfew.core import InputError
+from vitalfew.core.files import atomic_folder
+from vitalfew.data.encode import Encoder
+from vitalfew.data.log import EncodedLog, write_log
+from vitalfew.data.split import time_cutoff
+from vitalfew.embeddings.options import LogOptions, Progress, open_with
+from vitalfew.embeddings.settings import Settings
+
+__all__ = ["Job", "check_memory", "fresh_folder", "log_files", "prepare", "reopen"]
+
+LogPath = str | list[str]
+
+
+@dataclass(slots=True)
+class Job:
+    """A log made ready to train on, and the folder it is in."""
+
+    out: Path
+    encoder: Encoder
+    train: EncodedLog
+    test: EncodedLog
+    settings: Settings
+    options: LogOptions
+    path: LogPath
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """The rows of each feature's table."""
+        return self.encoder.num_rows
+
+
+def prepare(
+    path: LogPath, options: LogOptions, settings: Settings, out: Path, progress: Progress, *, compared: bool = False
+) -> Job:
+    """Learn the encoding of a log and write its rows as numbers below `out`.
+
+    Parameters
+    ----------
+    compared
+        Whether the plain way will be trained too: there must be memory for both.
+    """
+    reader, schema = open_with(path, options)
+    cutoff, notes = None, []
+    if schema.time is not None:
+        cutoff, exact = time_cutoff(reader, schema.time, options.test_share, progress=lambda s: progress("split", s))
+        if not exact:
+            notes.append("the time of the split was estimated from a sample of the rows")
+    encoder = Encoder.fit(
+        reader,
+        schema,
+        hash_rows=options.hash_rows,
+        direct=options.direct,
+        min_count=options.min_count,
+        seed=settings.seed,
+        until=cutoff,
+        test_share=None if cutoff is not None else options.test_share,
+        progress=lambda s: progress("count ids", s),
+    )
+    check_memory(encoder.num_rows, settings, compared=compared)
+    for name in ("data", "encoder"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    train, test = write_log(
+        out / "data",
+        reader,
+        encoder,
+        cutoff=cutoff,
+        test_share=options.test_share,
+        seed=settings.seed,
+        progress=lambda s: progress("encode", s),
+    )
+    with atomic_folder(out / "encoder") as part:
+        encoder.save(part)
+    if reader.num_bad_rows:
+        notes.append(f"{reader.num_bad_rows:,} malformed rows were skipped")
+    return Job(out, encoder, train, test, settings, options, path, notes)
+
+
+def reopen(path: LogPath, options: LogOptions, settings: Settings, out: Path, notes: list[str]) -> Job | None:
+    """Return what `prepare` left below `out`; None where it is not whole."""
+    if not ((out / "data").is_dir() and (out / "encoder").is_dir()):
+        return None
+    train, test = (EncodedLog.open(out / "data" / name) for name in ("train", "test"))
+    return Job(out, Encoder.load(out / "encoder"), train, test, settings, options, path, list(notes))
+
+
+def check_memory(num_rows: Mapping[str, int], settings: Settings, *, compared: bool) -> None:
+    """Refuse tables that the memory cannot hold, alone or (`compared`) beside those of plain PyTorch."""
+    import psutil
+
+    from vitalfew.meter import machine
+
+    dim, total = settings.dim, sum(num_rows.values())
+    ours = (4 if settings.storage == "float32" else 2) * dim + settings.rule().state_bytes(dim)
+    plain = 4 * dim + settings.plain_rule().state_bytes(dim)
+    free = min(int(psutil.virtual_memory().available), int(machine(())["memory_bytes"]))
+    if total * ours > free:
+        big = max(num_rows, key=lambda name: num_rows[name])
+        raise InputError(
+            f"the tables need {total * ours / 2**30:,.1f} GiB ({total:,} rows x {ours} B, the most for `{big}`), "
+            f"{free / 2**30:,.1f} GiB are free",
+            hint="use --hash-rows, --min-count, a smaller --dim or --optimizer rowwise_adagrad",
+        )
+    if compared and total * (ours + plain) > free:
+        raise InputError(
+            f"the tables need {total * ours / 2**30:,.1f} GiB, and {total * plain / 2**30:,.1f} GiB more to compare "
+            f"with plain PyTorch, {free / 2**30:,.1f} GiB are free",
+            hint="train without the comparison: --pairs 0",
+        )
+
+
+def log_files(path: LogPath) -> list[list[str | int]]:
+    """Return path, bytes and time of change of every file of a log, to see later whether it is the same."""
+    paths = [Path(each) for each in ([path] if isinstance(path, str) else path)]
+    files = [file for each in paths for file in (sorted(each.iterdir()) if each.is_dir() else [each])]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [[os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[None]:
+    """Make a folder that is absent or empty, with its parents; an error or Ctrl-C takes away all that came of it."""
+    made = next((each for each in (*reversed(folder.parents), folder) if not each.exists()), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(made or folder, ignore_errors=True)
+        if made is None:
+            folder.mkdir(exist_ok=True)
+        raise
