@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -53,8 +52,8 @@ def draw(num: int, seed: int) -> list[np.ndarray]:
 def traffic_floor(distinct: int, lookups: int, state: int) -> float:
     """Seconds to move the least bytes once, at the speeds measured here: random rows, and a stream copy.
 
-    Forward: read each distinct row, write every output. Backward: read every gradient, read and write each row and
-    its state. Rows are 64 bytes at random places, the rest streams.
+    Forward: read each distinct row, write every output. Backward: read every gradient, and read and write each row and
+    its state, counted once each. A row and a state take a 64-byte line at a random place; the rest streams.
     """
     slab = np.random.default_rng(0).random((TABLES * ROWS, DIM), dtype=np.float32)
     source = torch.from_numpy(slab)
@@ -71,8 +70,7 @@ def traffic_floor(distinct: int, lookups: int, state: int) -> float:
         b.copy_(a)
         stream.append((time.perf_counter() - start) / (2 * 4 * len(a)))
     row, byte = min(random_row), min(stream)
-    rows = distinct * (2 + state * (DIM if state > 1 else 1) * 4 / (DIM * 4))
-    return rows * row + 2 * lookups * DIM * 4 * byte
+    return distinct * (2 + state) * row + 2 * lookups * DIM * 4 * byte
 
 
 def torch_arm(rule: str, tables: list[Table]):
@@ -121,6 +119,30 @@ def fbgemm_arm(rule: str, tables: list[Table]):
     return step, model
 
 
+def agreement(tables: list[Table], inputs: list, grad: torch.Tensor) -> dict[str, float]:
+    """Return how far five steps of ours end from FBGEMM's, and from plain float64 arithmetic."""
+    step, theirs = fbgemm_arm("rowwise_adagrad", tables)
+    mine_step, mine = our_arm("rowwise_adagrad", tables)
+    weights = theirs.split_embedding_weights()
+    for t, weight in zip(tables, weights, strict=True):
+        weight.data.copy_(mine.rows_of(t.name))
+    wide = [mine.rows_of(t.name).double().clone() for t in tables]
+    sums = [torch.zeros(ROWS, dtype=torch.float64) for _ in tables]
+    for ids, indices, offsets in inputs[:5]:
+        step(ids, indices, offsets, grad)
+        mine_step(ids, indices, offsets, grad)
+        for f in range(TABLES):
+            g = torch.zeros(ROWS, DIM, dtype=torch.float64).index_add_(0, ids[:, f], grad[:, f].double())
+            sums[f] += (g * g).mean(1)
+            touched = g.abs().sum(1) > 0
+            wide[f][touched] -= 0.01 * g[touched] / (sums[f][touched].sqrt().unsqueeze(1) + 1e-8)
+    ours = [mine.rows_of(t.name) for t in tables]
+    return {
+        "to_fbgemm": max(float((a - b).abs().max()) for a, b in zip(ours, weights, strict=True)),
+        "to_float64": max(float((a.double() - b).abs().max()) for a, b in zip(ours, wide, strict=True)),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
@@ -139,10 +161,9 @@ def main() -> int:
         inputs.append((torch.from_numpy(ids), features_first, torch.arange(TABLES * BATCH + 1)))
     distinct = int(np.mean([sum(len(np.unique(ids[:, f])) for f in range(TABLES)) for ids in batches]))
     grad = torch.randn(BATCH, TABLES, DIM) * 0.01
-    state = {"sgd": 0, "adagrad": 2, "rowwise_adagrad": 1, "adam": 4}
-    print(
-        f"W3: {TABLES} x {ROWS:,} x {DIM}, batch {BATCH}: {TABLES * BATCH:,} lookups, {distinct:,} distinct rows, {torch.get_num_threads()} threads"
-    )
+    state = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 1, "adam": 2}  # cache lines per row, 64 bytes like the row
+    print(f"W3: {TABLES} x {ROWS:,} x {DIM}, batch {BATCH}: {TABLES * BATCH:,} lookups, {distinct:,} distinct rows")
+    print(f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}")
 
     figures = []
     agree = None
@@ -180,36 +201,15 @@ def main() -> int:
                 }
             )
             print(
-                f"{rule:16} {name:13} median {median[name] * 1e3:8.2f} ms  min {least[name] * 1e3:8.2f} ms  {ratio:7.1f}x ours  {least[name] / floor:6.1f}x floor of {floor * 1e3:.2f} ms"
+                f"{rule:16} {name:13} median {median[name] * 1e3:8.2f} ms  min {least[name] * 1e3:8.2f} ms  "
+                f"{ratio:6.1f}x ours  {least[name] / floor:6.1f}x floor of {floor * 1e3:.2f} ms"
             )
 
     if has_fbgemm:
-        step, theirs = fbgemm_arm("rowwise_adagrad", tables)
-        mine_step, mine = our_arm("rowwise_adagrad", tables)
-        for t, weight in zip(tables, theirs.split_embedding_weights(), strict=True):
-            weight.data.copy_(mine.rows_of(t.name))
-        wide = [mine.rows_of(t.name).double().clone() for t in tables]
-        sums = [torch.zeros(ROWS, dtype=torch.float64) for _ in tables]
-        for turn in range(5):
-            ids, indices, offsets = inputs[turn]
-            step(ids, indices, offsets, grad)
-            mine_step(ids, indices, offsets, grad)
-            for f in range(TABLES):
-                g = torch.zeros(ROWS, DIM, dtype=torch.float64).index_add_(0, ids[:, f], grad[:, f].double())
-                sums[f] += (g * g).mean(1)
-                touched = g.abs().sum(1) > 0
-                wide[f][touched] -= 0.01 * g[touched] / (sums[f][touched].sqrt().unsqueeze(1) + 1e-8)
-        weights = theirs.split_embedding_weights()
-        agree = {
-            "to_fbgemm": max(
-                float((mine.rows_of(t.name) - w).abs().max()) for t, w in zip(tables, weights, strict=True)
-            ),
-            "to_float64": max(
-                float((mine.rows_of(t.name).double() - w).abs().max()) for t, w in zip(tables, wide, strict=True)
-            ),
-        }
+        agree = agreement(tables, inputs, grad)
         print(
-            f"weights after 5 steps of rowwise Adagrad: max difference to FBGEMM {agree['to_fbgemm']:.1e}, to float64 {agree['to_float64']:.1e}"
+            f"weights after 5 steps of rowwise Adagrad: max difference to FBGEMM {agree['to_fbgemm']:.1e}, "
+            f"to float64 {agree['to_float64']:.1e}"
         )
 
     if args.out:

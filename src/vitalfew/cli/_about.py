@@ -21,7 +21,7 @@ def methods(output: Output = Format.text) -> None:
 
 
 def doctor(output: Output = Format.text) -> None:
-    """Say what this machine and installation offer, and what is missing."""
+    """Say what this machine offers, and what is missing."""
     from vitalfew.cli._doctor import examine
 
     found = examine()

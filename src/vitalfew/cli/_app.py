@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -24,11 +26,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Find the few rows that do most of the work, spend only on them, and get a receipt.",
 )
-for _verb in (_logs.demo, _logs.look, _logs.train, _logs.predict):
+_VERBS: tuple[Callable[..., None], ...] = (
+    _logs.demo,
+    _logs.look,
+    _logs.train,
+    _logs.predict,
+    _about.methods,
+    _about.doctor,
+)
+for _verb in _VERBS:
     app.command()(_verb)
 app.add_typer(receipts, name="receipt")
-for _verb in (_about.methods, _about.doctor):
-    app.command()(_verb)
 
 # The base of typer's own errors: click's, or that of the copy that newer versions bring.
 _CommandError = typer.BadParameter.__mro__[2]
@@ -51,16 +59,18 @@ def run(argv: list[str]) -> int:
     try:
         status = typer.main.get_command(app)(rest, prog_name="vitalfew", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:  # rich ends the program when a pipe breaks
+        if not isinstance(error if isinstance(error, BrokenPipeError) else error.__context__, BrokenPipeError):
+            raise
         # Whoever read has left; what is still to be flushed must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as a shell calls the end by SIGPIPE
     except (KeyboardInterrupt, typer.Abort):
         say("stopped")
         return 130
-    except Exception as error:  # noqa: BLE001 - the border to the user
+    except Exception as error:
         if len(rest) < len(argv):
-            raise
+            traceback.print_exc()
         return _explain(error)
     return status if isinstance(status, int) else 0
 
@@ -69,7 +79,7 @@ def _explain(error: Exception) -> int:
     from vitalfew.core.errors import VitalfewError
 
     if isinstance(error, VitalfewError):
-        fail(error.message, error.hint)
+        fail(error.message, error.hint or "see vitalfew --help")
     elif isinstance(error, _CommandError):
         return _explain_usage(error)
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):

@@ -17,10 +17,10 @@ __all__ = ["demo", "look", "predict", "train"]
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder for receipt.json and report.html.")] = "runs/demo",
-    pairs: Annotated[int, typer.Option(help="Paired runs.")] = 4,
+    pairs: Annotated[int, typer.Option(help="Paired runs.")] = 6,
     output: flag.Output = Format.text,
 ) -> None:
-    """Train on 2013's flights the plain PyTorch way and ours, in pairs, and leave a receipt."""
+    """Train both ways on 2013's flights, and leave a receipt."""
     from vitalfew.cli._demo import run_demo
     from vitalfew.cli._progress import bars
 
@@ -48,7 +48,7 @@ def look(
     bad_rows: flag.BadRows = "error",
     output: flag.Output = Format.text,
 ) -> None:
-    """Show how few rows do the work in a click log, and what would pay. Changes nothing."""
+    """Show how few rows do the work; changes nothing."""
     from vitalfew.cli._progress import bars
     from vitalfew.embeddings.settings import Settings
     from vitalfew.look import look_at_log
@@ -83,7 +83,7 @@ def train(
     bottom: flag.Widths = "256,64",
     top: flag.Widths = "256,64",
     optimizer: flag.Optimizer = "adagrad",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.02,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 1,
     seed: Annotated[int, typer.Option(help="Of first weights and data order.")] = 0,
@@ -97,7 +97,7 @@ def train(
     bad_rows: flag.BadRows = "error",
     output: flag.Output = Format.text,
 ) -> None:
-    """Train a DLRM on a click log, test it on the later rows, save model and receipt."""
+    """Train a DLRM on a click log, and leave model and receipt."""
     from vitalfew.cli._progress import bars
     from vitalfew.core import InputError
 
@@ -169,9 +169,7 @@ def predict(
     from vitalfew.embeddings.jobs import predict_log
 
     with bars() as show:
-        rows = predict_log(
-            run_folder, flag.log_path(log), out, log_format=log_format, bad_rows=bad_rows, progress=show
-        )
+        rows = predict_log(run_folder, flag.log_path(log), out, log_format=log_format, bad_rows=bad_rows, progress=show)
     if output is Format.json:
         print_json({"rows": rows, "out": out})
     else:

@@ -175,7 +175,7 @@ def _tidy(folder: Path) -> None:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Sums of floats depend on how many threads share them: a resumed run takes as many as it had."""
+    """Use so many threads: sums of floats depend on them, and a resumed run must take as many as it had."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

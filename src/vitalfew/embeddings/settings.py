@@ -56,7 +56,7 @@ class Settings:
     bottom: tuple[int, ...] = (256, 64)
     top: tuple[int, ...] = (256, 64)
     optimizer: str = "adagrad"
-    lr: float = 0.02
+    lr: float = 0.01
     batch_size: int = 1024
     epochs: int = 1
     seed: int = 0

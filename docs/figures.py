@@ -1,0 +1,176 @@
+"""Bring figures up to date: every number in README and cards comes from a receipt or a benchmark, by this script.
+
+    python docs/figures.py                             tables of the cards, from benchmarks/results/*.json
+    python docs/figures.py runs/demo/receipt.json      also picture and figures of the README, from this receipt
+
+A place for figures is a pair of comments, ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. Where there is no
+result of that name the text between them stays.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vitalfew.core import Receipt
+from vitalfew.core.files import read_document, write_text
+from vitalfew.report.charts import ladder_chart, pairs_chart
+from vitalfew.report.charts.svg import fit, text
+from vitalfew.report.figures import amount, headline
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACES = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+PLACE = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- /figures -->", re.DOTALL)
+
+GAP, EDGE, HEAD = 40.0, 24.0, 120.0
+
+
+def style() -> str:
+    """Return the report's rules for charts, in its light colours and without variables: some viewers know none."""
+    page = (files("vitalfew.report") / "page.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"(--\w+): (#\w+);", page.partition("}")[0]))
+    rules = [line for line in page.splitlines() if re.match(r"svg [.\w]", line) and "--tone" not in line]
+    plain = re.sub(r"var\((--\w+)\)", lambda match: colours[match[1]], "\n".join(rules))
+    return (
+        f"svg {{ font: 13px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; }}\n{plain}\n"
+        f"svg .quiet {{ fill: {colours['--muted']}; }}\n"
+        f"svg .word {{ fill: {colours['--ink']}; font-weight: 700; letter-spacing: .06em; }}\n"
+        "svg .claim { font-size: 26px; font-weight: 650; }\n"
+    )
+
+
+def placed(chart: str, x: float, y: float) -> tuple[str, float]:
+    """Return the chart at a place inside a larger picture, and how high it is."""
+    found = re.search(r'viewBox="0 0 (\S+) (\S+)"', chart)
+    assert found
+    width, height = map(float, found.groups())
+    return chart.replace("<svg ", f'<svg x="{x}" y="{y}" width="{width}" height="{height}" ', 1), height
+
+
+def machine_of(environment: Mapping[str, Any]) -> str:
+    """Return the machine in a few words."""
+    return f"{environment['usable_cores']:g} cores ({environment['cpu']}), PyTorch {environment['packages']['torch']}"
+
+
+def picture(receipt: Receipt) -> str:
+    """Return verdict, claim, the account and the paired runs as one SVG."""
+    quality = receipt.quality[0] if receipt.quality else None
+    account, high = placed(ladder_chart(receipt.lines), EDGE, HEAD)
+    pairs, higher = placed(pairs_chart(receipt.pairs, quality, receipt.rule), EDGE + 480 + GAP, HEAD)
+    width, height = 2 * EDGE + 2 * 480 + GAP, HEAD + max(high, higher) + EDGE
+    claim = f"{receipt.verdict}: {headline(receipt)}"
+    about = f"{receipt.title}. {machine_of(receipt.environment)}."
+    parts = [
+        f'<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8" fill="#fff" stroke="#d9dee3"/>',
+        text(EDGE, 34.0, receipt.verdict.upper(), "word"),
+        text(EDGE, 66.0, fit(headline(receipt), width - 2 * EDGE, 26), "claim"),
+        text(EDGE, 90.0, fit(about, width - 2 * EDGE, 13), "quiet"),
+        account,
+        pairs,
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" role="img" aria-label="{claim}"><title>{claim}</title>'
+        f"<style>{style()}</style>{''.join(parts)}</svg>\n"
+    )
+
+
+def account(receipt: Receipt) -> str:
+    """Return what a receipt of paired runs says, in a few sentences."""
+    lines = {line.what: line for line in receipt.lines}
+    quality, time, memory = receipt.quality[0], lines["training time"], lines.get("peak memory")
+    sentences = [
+        f"{machine_of(receipt.environment)}, {len(receipt.pairs)} paired runs of one epoch: {time.note.removesuffix(', mean of pairs')}.",
+        f"The plain PyTorch way took {amount(time.before, time.unit)}, fused rows {amount(time.after, time.unit)}.",
+        f"{quality.metric} {quality.before:.4f} and {quality.after:.4f}: {quality.finding}.",
+    ]
+    if memory and memory.before and memory.after:
+        sentences.append(
+            f"The peak memory went from {amount(memory.before, memory.unit)} to {amount(memory.after, memory.unit)}."
+        )
+    return " ".join(sentences) + f" Verdict: `{receipt.verdict}`.\n"
+
+
+def optimizer_table(body: Mapping[str, Any]) -> str:
+    """Return the table of one step's times, by rule and arm."""
+    rows = [
+        f"| {f['rule']} | {f['arm']} | {f['median_ms']:.2f} ms | {f['times_ours']:.1f}x | {f['times_floor']:.1f}x |"
+        for f in body["figures"]
+    ]
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}; {body['distinct_rows']:,} distinct rows per batch.",
+            "",
+            "| rule | arm | forward, backward, update (median) | times ours | times the memory floor (best run) |",
+            "| --- | --- | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
+def end_to_end_table(body: Mapping[str, Any]) -> str:
+    """Return the table of whole trainings, one row per log and model."""
+    rows = []
+    for receipt in map(Receipt.from_dict, body["receipts"]):
+        lines, quality = {line.what: line for line in receipt.lines}, receipt.quality[0]
+        speed, memory = lines["training speed"], lines.get("peak memory")
+        cells = [
+            receipt.title,
+            f"{amount(speed.before, speed.unit)} → {amount(speed.after, speed.unit)}",
+            f"{quality.before:.4f} → {quality.after:.4f}",
+            f"{amount(memory.before, 'B')} → {amount(memory.after, 'B')}" if memory else "-",
+            f"{receipt.verdict}: {receipt.why}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}; plain PyTorch → fused rows.",
+            "",
+            "| log and model | training speed | AUC | peak memory | verdict |",
+            "| --- | --: | --: | --: | --- |",
+            *rows,
+            "",
+        )
+    )
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "optimizer": optimizer_table,
+    "end_to_end": end_to_end_table,
+}
+
+
+def updated(page: str, receipt: Receipt | None = None) -> str:
+    """Return the page with the figures that there are results for."""
+
+    def fill(match: re.Match[str]) -> str:
+        name, old = match.groups()
+        if name == "demo":
+            new = account(receipt) if receipt else old
+        else:
+            file = RESULTS / f"{name}.json"
+            new = TABLES[name](read_document(file, "benchmark", 1)) if file.exists() else old
+        return f"<!-- figures: {name} -->\n{new}<!-- /figures -->"
+
+    return PLACE.sub(fill, page)
+
+
+def main(arguments: list[str]) -> None:
+    """Update every page that holds figures, and the picture when there is a receipt."""
+    receipt = Receipt.load(arguments[0]) if arguments else None
+    if receipt:
+        write_text(ROOT / "docs" / "images" / "demo.svg", picture(receipt))
+    for file in PLACES:
+        write_text(file, updated(file.read_text(encoding="utf-8"), receipt))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
+    main(sys.argv[1:])
