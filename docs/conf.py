@@ -6,7 +6,7 @@ from vitalfew import __version__
 
 project = "vitalfew"
 author = "The vitalfew developers"
-copyright = "The vitalfew developers"
+project_copyright = "The vitalfew developers"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

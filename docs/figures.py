@@ -84,8 +84,9 @@ def account(receipt: Receipt) -> str:
     """Return what a receipt of paired runs says, in a few sentences."""
     lines = {line.what: line for line in receipt.lines}
     quality, time, memory = receipt.quality[0], lines["training time"], lines.get("peak memory")
+    rows = time.note.removesuffix(", mean of pairs")
     sentences = [
-        f"{machine_of(receipt.environment)}, {len(receipt.pairs)} paired runs of one epoch: {time.note.removesuffix(', mean of pairs')}.",
+        f"{machine_of(receipt.environment)}, {len(receipt.pairs)} paired runs of one epoch over {rows}.",
         f"The plain PyTorch way took {amount(time.before, time.unit)}, fused rows {amount(time.after, time.unit)}.",
         f"{quality.metric} {quality.before:.4f} and {quality.after:.4f}: {quality.finding}.",
     ]
@@ -93,7 +94,7 @@ def account(receipt: Receipt) -> str:
         sentences.append(
             f"The peak memory went from {amount(memory.before, memory.unit)} to {amount(memory.after, memory.unit)}."
         )
-    return " ".join(sentences) + f" Verdict: `{receipt.verdict}`.\n"
+    return "\n".join((*sentences, f"Verdict: `{receipt.verdict}`.", ""))
 
 
 def optimizer_table(body: Mapping[str, Any]) -> str:

@@ -6,6 +6,10 @@ left of the parameters.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads then leave the cores free
+
 import torch
 from torch import Tensor, nn
 

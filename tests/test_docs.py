@@ -1,6 +1,6 @@
 """Every block of README and documentation is executed, and what it shows is compared with what comes out.
 
-`python` blocks of a page share their variables; ``#>`` lines are what a block prints. `console` blocks run their
+`python` blocks of a page share their variables; ``# ->`` lines are what a block prints. `console` blocks run their
 ``$ vitalfew`` lines in a folder of the page. ``...`` stands for any text, alone on a line for any lines. `bash` blocks
 are not run: the targets that their `make` lines name must exist.
 """
@@ -83,16 +83,15 @@ def check_bash(block: str, where: str) -> None:
 
 
 def run_python(example: Example, where: str) -> None:
-    """Execute a block and compare what it prints with its ``#>`` lines, when it has any."""
+    """Execute a block and compare what it prints with its ``# ->`` lines."""
     source = example.parsed
     printed = io.StringIO()
     # The blank lines make the numbers in a traceback those of the page.
     code = compile("\n" * example.line + source, example.path, "exec", dont_inherit=True)
     with contextlib.redirect_stdout(printed):
         exec(code, example.namespace)
-    expected = re.findall(r"^ *#> ?(.*)$", source, re.MULTILINE)
-    if expected:
-        compare("\n".join(expected), printed.getvalue(), where)
+    expected = re.findall(r"^ *# -> ?(.*)$", source, re.MULTILINE)
+    compare("\n".join(expected), printed.getvalue(), where)
 
 
 class Page:

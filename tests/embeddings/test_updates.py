@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -184,8 +185,7 @@ def test_bad_gradient_changes_no_row(bad: float, update: str) -> None:
     grad = torch.zeros(5, 3, 8)
     grad[2, 1, 3] = bad
     with pytest.raises(InputError, match="no row was changed"):
-        bags(one_id(5, 50)).backward(grad)
-        bags.step()
+        [step() for step in (lambda: bags(one_id(5, 50)).backward(grad), bags.step)]
     assert same_bits(bags, before)
     assert bags.rows.pending == 0
     bags(one_id(5, 50)).sum().backward()
@@ -456,7 +456,7 @@ def test_autocast_trains() -> None:
         loss = nn.functional.binary_cross_entropy_with_logits(logit.float(), target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -544,7 +544,7 @@ def test_two_threads_may_train_different_models() -> None:
 
 
 def test_step_allocates_nothing_as_large_as_the_table() -> None:
-    rows = Rows(10_000_000, 4, SGD(0.1))  # 160 MB, untouched zeros: the operating system has not given them yet
+    rows = Rows(10_000_000, 4, SGD(0.1))  # 160 MB
     bags = EmbeddingBags([Table("a", 8, 4)], SGD(0.1))
     layout = bags._layout
     layout.num_rows[:] = 10_000_000
@@ -575,12 +575,9 @@ def test_ids_beyond_two_to_the_31_reach_their_rows() -> None:
 @pytest.mark.slow
 def test_table_of_more_than_two_to_the_31_rows_trains() -> None:
     num_rows = 2**31 + 10
-    try:
-        bags = EmbeddingBags.__new__(EmbeddingBags)
-        nn.Module.__init__(bags)
-        rows = Rows(num_rows, 1, SGD(1.0), dtype=torch.bfloat16)
-    except MemoryError:
-        pytest.skip("no address space for 4 GiB of zeros")
+    if psutil.virtual_memory().available < 8 * 2**30:
+        pytest.skip("the table takes 4 GiB")
+    rows = Rows(num_rows, 1, SGD(1.0), dtype=torch.bfloat16)
     layout = EmbeddingBags([Table("a", 1, 1)], SGD(1.0))._layout
     layout.num_rows[:] = num_rows
     rows.bags(layout, torch.tensor([num_rows - 1, 3, num_rows - 1])).sum().backward()

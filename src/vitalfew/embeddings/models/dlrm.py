@@ -41,11 +41,11 @@ def _layers(sizes: Sequence[int], generator: torch.Generator | None, *, last_lin
 
 
 @lru_cache
-def _places(fields: int) -> tuple[Tensor, Tensor]:
+def _places(fields: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return where each pair stands in the square of products, and which pair stands at each place of it."""
-    i, j = torch.tril_indices(fields, fields, -1)
-    pair = torch.full((fields, fields), len(i))  # on the diagonal: one past the last pair
-    pair[i, j] = pair[j, i] = torch.arange(len(i))
+    i, j = torch.tril_indices(fields, fields, -1, device=device)
+    pair = torch.full((fields, fields), len(i), device=device)  # on the diagonal: one past the last pair
+    pair[i, j] = pair[j, i] = torch.arange(len(i), device=device)
     return i * fields + j, pair.flatten()
 
 
@@ -58,14 +58,14 @@ class _PairDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fields: Tensor) -> Tensor:
         ctx.save_for_backward(fields)
-        places, _ = _places(fields.shape[1])
+        places, _ = _places(fields.shape[1], fields.device)
         return torch.bmm(fields, fields.transpose(1, 2)).flatten(1).index_select(1, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (fields,) = ctx.saved_tensors
-        _, pairs = _places(fields.shape[1])
+        _, pairs = _places(fields.shape[1], fields.device)
         square = nn.functional.pad(grad.to(fields.dtype), (0, 1)).index_select(1, pairs)
         return torch.bmm(square.view(len(grad), fields.shape[1], -1), fields)
 
@@ -106,10 +106,12 @@ class DLRM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if dense_in and bottom[-1] != tables.dim:
-            raise InputError(f"the bottom ends in {bottom[-1]}, the rows have {tables.dim}", hint="make them equal")
-        if top[-1] != 1:
-            raise InputError(f"the top ends in {top[-1]}, a click has one logit", hint="end with 1")
+        if dense_in < 0:
+            raise InputError(f"dense_in must not be negative, got {dense_in}", hint="0: no dense inputs")
+        if dense_in and (not bottom or bottom[-1] != tables.dim):
+            raise InputError(f"the bottom is {tuple(bottom)}, the rows have {tables.dim}", hint="end with their width")
+        if not top or top[-1] != 1:
+            raise InputError(f"the top is {tuple(top)}, a click has one logit", hint="end with 1")
         fields = len(tables.features) + (dense_in > 0)
         if fields < 2:
             raise InputError(f"{fields} field has no pair to multiply", hint="pass dense inputs or another feature")
@@ -125,16 +127,20 @@ class DLRM(nn.Module):
         Parameters
         ----------
         dense
-            float32, shape (samples, dense_in); None without dense inputs.
+            float32, shape (samples, dense_in); without dense inputs None, or no columns.
         ids, offsets
             As the tables take them.
         """
+        samples = len(ids) if offsets is None else (len(offsets) - 1) // len(self.tables.features)
+        found = (samples, 0) if dense is None else tuple(dense.shape)
+        if found != (samples, self.dense_in):
+            raise InputError(
+                f"expected dense of shape {(samples, self.dense_in)}, got {None if dense is None else found}",
+                hint="one line per sample, as many columns as dense_in",
+            )
         fields = self.tables(ids, offsets)
         inputs = []
-        if self.bottom is not None:
-            if dense is None or dense.dim() != 2 or dense.shape[1] != self.dense_in:
-                found = None if dense is None else tuple(dense.shape)
-                raise InputError(f"expected dense of shape (samples, {self.dense_in}), got {found}", hint="pass it")
+        if self.bottom is not None and dense is not None:
             low = self.bottom(dense)
             fields = torch.cat([low.unsqueeze(1).to(fields.dtype), fields], dim=1)
             inputs.append(low)
