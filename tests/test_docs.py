@@ -1,4 +1,4 @@
-"""Every block of README and documentation is executed, and what it shows is compared with what comes out.
+"""Every block of README, documentation and docstrings is executed, and compared with what it shows.
 
 `python` blocks of a page share their variables; ``# ->`` lines are what a block prints. `console` blocks run their
 ``$ vitalfew`` lines in a folder of the page. ``...`` stands for any text, alone on a line for any lines. `bash` blocks
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import doctest
+import importlib
 import io
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -22,10 +25,13 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
+import vitalfew
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 PAGES = [page for page in PAGES if "_build" not in page]
 KNOWN = {"python", "console", "bash", "text", "markdown", "{eval-rst}", "{toctree}", "{include}"}
+MODULES = [module.name for module in pkgutil.walk_packages(vitalfew.__path__, "vitalfew.")]
 GUIDE = "docs/guide/train-on-your-own-log.md"
 
 
@@ -155,6 +161,15 @@ def test_blocks_of(page: str, folder: Path) -> None:
 def test_the_demonstration(folder: Path) -> None:
     assert Page("docs/index.md", folder, demo=True).run() == 1
     assert {file.name for file in (folder / "runs" / "demo").iterdir()} >= {"receipt.json", "report.html"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__main__")])
+def test_docstrings_of(module: str, folder: Path) -> None:
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in doctest.DocTestFinder().find(importlib.import_module(module)):
+        runner.run(test, out=report.write)
+    assert not runner.failures, report.getvalue()
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.name)

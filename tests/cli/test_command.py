@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TRAIN, Cli, start_command
-
 import vitalfew
 from vitalfew.core import Receipt
+
+from .conftest import TRAIN, Cli, start_command
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TRAIN, Cli, Start, listing, write_clicks
+from vitalfew.core import InputError, Receipt
+from vitalfew.embeddings.preparing import alone
 
-from vitalfew.core import Receipt
+from .conftest import TRAIN, Cli, Start, listing, write_clicks
 
 LONG = (*TRAIN, "--epochs", 30, "--checkpoint-seconds", 0.02)
 RESUME = ("train", "--out", "a", "--resume", "--checkpoint-seconds", 0.02)
@@ -234,6 +235,24 @@ def test_resume_takes_no_other_settings(refused: Callable[..., str], killed: Pat
     assert refused(*RESUME, "--pairs", 0) == "--resume goes on with the run as it began, and got --pairs"
     assert refused(*RESUME, log) == "--resume goes on with the run as it began, and got a log"
     assert refused("train", "--out", "nowhere", "--resume") == "nowhere holds no run to go on with"
+
+
+def test_two_at_once(start: Start, refused: Callable[..., str], killed: Path, whole: Path) -> None:
+    running = start("train", "--out", "a", "--resume")
+    wait_for(lambda: locked(killed))
+    running.kill(signal.SIGSTOP)
+    assert refused(*RESUME) == "another process is at work in a"
+    running.kill(signal.SIGCONT)
+    assert running.wait().code == 0
+    assert weights(killed) == weights(whole)
+
+
+def locked(folder: Path) -> bool:
+    try:
+        with alone(folder):
+            return False
+    except InputError:
+        return True
 
 
 def test_full_disk_while_encoding(refused: Callable[..., str], log: Path) -> None:

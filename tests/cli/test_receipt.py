@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TRAIN, Cli, start_command
-
 from vitalfew.core import Line, Receipt
+
+from .conftest import TRAIN, Cli, start_command
 
 
 def receipt(seconds: float = 2.0) -> Receipt:

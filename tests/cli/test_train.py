@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from .conftest import SMALL, TRAIN, Cli, clicks, listing, write_clicks
-
 from vitalfew.core import Receipt
 from vitalfew.data import open_log
 from vitalfew.embeddings.fitting import predict
 from vitalfew.embeddings.jobs import load_model
+
+from .conftest import SMALL, TRAIN, Cli, clicks, listing, write_clicks
 
 
 def scores(path: Path) -> np.ndarray[Any, Any]:

@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("stopped")
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the border to the user
         if len(rest) < len(argv):
             traceback.print_exc()
         return _explain(error)

@@ -23,7 +23,7 @@ from vitalfew.embeddings.checkpoint import about_weights, load_newest, load_weig
 from vitalfew.embeddings.fitting import evaluate, predict, train_step
 from vitalfew.embeddings.models import DLRM
 from vitalfew.embeddings.options import LogOptions, Progress, silent
-from vitalfew.embeddings.preparing import Job, fresh_folder, log_files, prepare, reopen
+from vitalfew.embeddings.preparing import Job, alone, fresh_folder, log_files, prepare, reopen
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 from vitalfew.meter import Scope, scope
 
@@ -78,9 +78,10 @@ def train_log(
         "threads": torch.get_num_threads(),
         "command": command,
     }
-    with fresh_folder(folder):
+    with fresh_folder(folder), alone(folder):
         job = _prepare(folder, about, progress)
-    return _complete(job, about, checkpoint_seconds, progress)
+    with alone(folder):
+        return _complete(job, about, checkpoint_seconds, progress)
 
 
 def resume_log(
@@ -100,13 +101,15 @@ def resume_log(
     _check(0, 1, 1.0, checkpoint_seconds)
     if not (folder / "run.json").exists():
         raise InputError(f"{out} holds no run to go on with", hint="leave --resume out to start one")
-    about = read_document(folder / "run.json", "run", _VERSION)
-    for part in folder.glob(".*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-    if (folder / "receipt.json").exists():
-        _tidy(folder)
-        return Receipt.load(folder / "receipt.json")
-    return _complete(_reopen(folder, about) or _prepare(folder, about, progress), about, checkpoint_seconds, progress)
+    with alone(folder):
+        about = read_document(folder / "run.json", "run", _VERSION)
+        for part in folder.glob(".*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if (folder / "receipt.json").exists():
+            _tidy(folder)
+            return Receipt.load(folder / "receipt.json")
+        job = _reopen(folder, about) or _prepare(folder, about, progress)
+        return _complete(job, about, checkpoint_seconds, progress)
 
 
 def _check(pairs: int, steps: int, tolerance: float, checkpoint_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from vitalfew.data.split import time_cutoff
 from vitalfew.embeddings.options import LogOptions, Progress, open_with
 from vitalfew.embeddings.settings import Settings
 
-__all__ = ["Job", "check_memory", "fresh_folder", "log_files", "prepare", "reopen"]
+__all__ = ["Job", "alone", "check_memory", "fresh_folder", "log_files", "prepare", "reopen"]
 
 LogPath = str | list[str]
 
@@ -140,3 +141,16 @@ def fresh_folder(folder: Path) -> Iterator[None]:
         if made is None:
             folder.mkdir(exist_ok=True)
         raise
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse to work in a folder where another process is at work; the lock goes with its process, also when killed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"another process is at work in {folder}", hint="wait until it has ended") from None
+    finally:
+        os.close(handle)
