@@ -16,3 +16,13 @@ def fbgemm(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     session.run("python", "tests/embeddings/peer_fbgemm.py")
     session.run("python", "benchmarks/embeddings/optimizer.py", *session.posargs)
+
+
+@nox.session
+def models(session: nox.Session) -> None:
+    """Wrap models of torch-rechub and DeepCTR-Torch, and train them beside their unwrapped twins."""
+    ours = ("numpy", "numba", "safetensors", "psutil", "pyarrow", "rich", "typer", "scikit-learn")
+    session.install("-c", "constraints.txt", "torch", *ours, "pandas", "tqdm", "requests")
+    session.install("--no-deps", "torch-rechub==0.9.0", "deepctr-torch==0.3.0")
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "tests/embeddings/peer_models.py")

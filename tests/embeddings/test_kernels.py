@@ -76,7 +76,7 @@ def forward(bags: EmbeddingBags, case: Case, weights: torch.Tensor | None) -> to
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @given(case=cases(), rule=st.sampled_from(RULES))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_kernels_equal_their_twins_bit_by_bit(dtype: torch.dtype, case: Case, rule: Optimizer) -> None:
     storage = STORAGE[dtype]
     start = torch.Generator().manual_seed(case.seed)

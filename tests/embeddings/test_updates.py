@@ -105,7 +105,7 @@ def test_bits_of_separate_tables_do_not_depend_on_threads(threads: Callable[[int
         assert norm == same_norm
 
 
-def test_process_with_one_numba_thread_finds_the_same_bits() -> None:
+def test_processes_with_one_two_and_four_threads_find_the_same_bits() -> None:
     code = """
 import hashlib, torch
 from vitalfew.embeddings import *
@@ -122,7 +122,7 @@ print(hashlib.sha256(bags.weight.numpy().tobytes()).hexdigest())
             text=True,
             check=True,
         ).stdout
-        for n in ("1", "2")
+        for n in ("1", "2", "4")
     }
     assert len(found) == 1
 

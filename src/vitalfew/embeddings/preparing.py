@@ -148,9 +148,10 @@ def alone(folder: Path) -> Iterator[None]:
     """Refuse to work in a folder where another process is at work; the lock goes with its process, also when killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is at work in {folder}", hint="wait until it has ended") from None
         yield
-    except BlockingIOError:
-        raise InputError(f"another process is at work in {folder}", hint="wait until it has ended") from None
     finally:
         os.close(handle)
