@@ -29,9 +29,10 @@ def refuses() -> Callable[..., AbstractContextManager[None]]:
     return _refuses
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
-    """Set PyTorch's number of threads for one test."""
+    """Set PyTorch's number of threads for one test; one, unless the test says otherwise: the machine may be busy."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)

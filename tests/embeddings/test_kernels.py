@@ -75,9 +75,10 @@ def forward(bags: EmbeddingBags, case: Case, weights: torch.Tensor | None) -> to
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@given(case=cases(), rule=st.sampled_from(RULES))
+@given(case=cases(), rule=st.sampled_from(RULES), threads=st.integers(1, 4))
 @settings(max_examples=40)
-def test_kernels_equal_their_twins_bit_by_bit(dtype: torch.dtype, case: Case, rule: Optimizer) -> None:
+def test_kernels_equal_their_twins_bit_by_bit(dtype: torch.dtype, case: Case, rule: Optimizer, threads: int) -> None:
+    torch.set_num_threads(threads)
     storage = STORAGE[dtype]
     start = torch.Generator().manual_seed(case.seed)
     bags = EmbeddingBags(case.tables, rule, dtype=dtype, generator=start, seed=case.seed)
