@@ -43,11 +43,14 @@ docs: $(VENV)/.dev  ## Build the documentation into docs/_build/html; a warning 
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-bench: $(VENV)/.demo  ## Run the benchmarks into benchmarks/results
+bench: $(VENV)/.demo  ## Run the benchmarks into benchmarks/results and their figures into the cards
 	@echo "== bench"
-	$(BIN)/python benchmarks/embeddings/optimizer.py --out benchmarks/results/optimizer.json
-	$(BIN)/python benchmarks/embeddings/end_to_end.py --out benchmarks/results/end_to_end.json
-	$(BIN)/python docs/figures.py
+	@missed=0; \
+	for name in optimizer end_to_end; do \
+		echo "== $$name"; \
+		$(BIN)/python benchmarks/embeddings/$$name.py --out benchmarks/results/$$name.json || missed=1; \
+	done; \
+	$(BIN)/python docs/figures.py && exit $$missed
 
 clean:  ## Remove .venv and what the checks have cached
 	rm -rf $(VENV) docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

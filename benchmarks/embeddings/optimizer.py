@@ -17,6 +17,7 @@ import time
 import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -55,17 +56,16 @@ def traffic_floor(distinct: int, lookups: int, state: int) -> float:
     Forward: read each distinct row, write every output. Backward: read every gradient, and read and write each row and
     its state, counted once each. A row and a state take a 64-byte line at a random place; the rest streams.
     """
-    slab = np.random.default_rng(0).random((TABLES * ROWS, DIM), dtype=np.float32)
-    source = torch.from_numpy(slab)
-    places = torch.from_numpy(np.unique(np.random.default_rng(1).integers(0, len(slab), distinct * 2))[:distinct])
-    places = places[torch.randperm(len(places))]
-    out = torch.empty(len(places), DIM)
+    rng = np.random.default_rng(0)
+    source = torch.from_numpy(rng.random((TABLES * ROWS, DIM), dtype=np.float32))
+    out = torch.empty(distinct, DIM)
     a, b = torch.empty(2_000_000), torch.empty(2_000_000)
     random_row, stream = [], []
     for _ in range(30):
+        places = torch.from_numpy(rng.integers(0, len(source), distinct))  # new ones: not in any cache
         start = time.perf_counter()
         torch.index_select(source, 0, places, out=out)
-        random_row.append((time.perf_counter() - start) / len(places))
+        random_row.append((time.perf_counter() - start) / distinct)
         start = time.perf_counter()
         b.copy_(a)
         stream.append((time.perf_counter() - start) / (2 * 4 * len(a)))
@@ -163,7 +163,8 @@ def main() -> int:
     grad = torch.randn(BATCH, TABLES, DIM) * 0.01
     state = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 1, "adam": 2}  # cache lines per row, 64 bytes like the row
     print(f"W3: {TABLES} x {ROWS:,} x {DIM}, batch {BATCH}: {TABLES * BATCH:,} lookups, {distinct:,} distinct rows")
-    print(f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}")
+    waiting = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    print(f"{torch.get_num_threads()} threads, {waiting}")
 
     figures = []
     agree = None

@@ -18,8 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     [...]
     0
     """
-    # Spinning workers of two thread pools would take the cores from each other; set before torch is loaded.
+    # Workers that spin for long take the cores from each other, workers that sleep at once are woken too late for
+    # short kernels: they spin for some microseconds. Set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from vitalfew.cli._app import run
 
     return run(sys.argv[1:] if argv is None else argv)

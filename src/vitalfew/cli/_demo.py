@@ -22,7 +22,7 @@ def run_demo(
     from vitalfew.embeddings.settings import Settings
 
     if pairs < 1:
-        raise InputError(f"pairs must be at least 1, got {pairs}", hint="4 is the default")
+        raise InputError(f"pairs must be at least 1, got {pairs}", hint="6 is the default")
     settings = Settings(bottom=(64,), top=(64,), batch_size=512)
     options = LogOptions(label="late", time="time", crosses=FLIGHTS_CROSSES)
     with tempfile.TemporaryDirectory(prefix="vitalfew-demo-") as work:

@@ -36,7 +36,9 @@ def examine() -> dict[str, Any]:
         if missing:
             advice.append(f'{", ".join(missing)} not installed: pip install "vitalfew[{extra}]"')
     if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        advice.append("set OMP_WAIT_POLICY=PASSIVE when your own script trains: idle threads then leave the cores free")
+        advice.append(
+            "set OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=10000 when your own script trains: see the fused-rows card"
+        )
     if _installed("ray") and _installed("amdsmi"):
         advice.append("ray fails to import beside amdsmi (zeus brings it) without ROCm: pip uninstall amdsmi")
     energy = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def show_doctor(found: dict[str, Any]) -> None:
     for extra, packages in found["extras"].items():
         table.add_row(f"[{extra}]".replace("[", r"\["), ", ".join(f"{k} {v or 'missing'}" for k, v in packages.items()))
     for source in found["energy"]:
-        table.add_row(f"energy: {source['source']}", " ".join(filter(None, (source["how"], source["reason"]))))
+        table.add_row(f"energy: {source['source']}", escape(" ".join(filter(None, (source["how"], source["reason"])))))
     console.print(table)
     for line in found["advice"] or ["nothing to mend"]:
         console.print(f"advice: {line}", markup=False)
