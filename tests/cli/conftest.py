@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 _SERVER = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import vitalfew.cli._app, vitalfew.embeddings.jobs, vitalfew.look.clicks, vitalfew.report
 import numba, pyarrow.parquet, pyarrow.csv, safetensors.torch, torch._dynamo, vitalfew.embeddings._kernels_numba
@@ -45,6 +45,7 @@ for line in sys.stdin:
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         if request["file_bytes"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
         sys.argv = ["vitalfew", *request["argv"]]
         code = vitalfew.cli.main()
     finally:
