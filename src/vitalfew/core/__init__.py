@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitalfew.core.budget import Budget, parse_size
 from vitalfew.core.compare import Arm, Comparison, Outcome, Rule, compare, judge
-from vitalfew.core.errors import InputError, MissingExtra, VitalfewError, need
+from vitalfew.core.errors import InputError, MissingExtra, StorageError, VitalfewError, need
 from vitalfew.core.plan import Plan, Problem
 from vitalfew.core.profile import Profile, profile
 from vitalfew.core.receipt import Curve, Declined, How, Line, Pair, Prediction, Quality, Receipt, Verdict
@@ -30,6 +30,7 @@ __all__ = [
     "Receipt",
     "Rule",
     "Selection",
+    "StorageError",
     "Verdict",
     "VitalfewError",
     "compare",

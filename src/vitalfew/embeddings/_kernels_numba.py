@@ -102,7 +102,7 @@ def _open(weight: Any, row: Any, buffer: Any, storage: Any) -> Any:
     """Return the row as float32: the row itself, or a widened copy in the buffer."""
 
 
-def _close(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any) -> None:
+def _close(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any, name: Any) -> None:
     """Put back what `_open` has copied."""
 
 
@@ -119,12 +119,12 @@ def _open_for(weight: Any, row: Any, buffer: Any, storage: Any) -> Any:
 
 
 @overload(_close, inline="always")
-def _close_for(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any) -> Any:
-    def plain(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any) -> None:
+def _close_for(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any, name: Any) -> Any:
+    def plain(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any, name: Any) -> None:
         pass
 
-    def narrowed(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any) -> None:
-        _narrow(buffer, weight[row], storage, _mix(dice ^ (row * _GOLD)))
+    def narrowed(weight: Any, row: Any, buffer: Any, storage: Any, dice: Any, name: Any) -> None:
+        _narrow(buffer, weight[row], storage, _mix(dice ^ (name * _GOLD)))
 
     return plain if weight.dtype == types.float32 else narrowed
 
@@ -159,6 +159,23 @@ def gather(weight: Any, storage: Any, ids: Any, base: Any, rows: Any, out: Any, 
         if wrong[t] >= 0:
             return wrong[t]
     return np.int64(-1)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def find(rows: Any, where: Any, bucket: Any, held: Any, slots: Any, threads: Any) -> Any:
+    """Write the slot of each row, as the directory `where` tells; returns how many are not there for good.
+
+    A row is there for good while its bucket says that a batch in flight holds it.
+    """
+    absent = np.zeros(threads, np.int64)
+    n = len(rows)
+    for t in prange(threads):
+        for i in range(n * t // threads, n * (t + 1) // threads):
+            slot = np.int64(where[rows[i]])
+            slots[i] = slot
+            if slot < 0 or bucket[slot] != held:
+                absent[t] += 1
+    return absent.sum()
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -258,6 +275,7 @@ def partition(row_of: Any, order: Any, row_in_order: Any, starts: Any, threads: 
 @njit(parallel=True, nogil=True, cache=True)
 def update(
     kind: Any, weight: Any, storage: Any, wide1: Any, wide2: Any, narrow: Any, rates: Any, dice: Any,
+    names: Any, dirty: Any, stats: Any, step: Any,
     bag_of: Any, scale_of: Any, grad: Any, grad_scale: Any,
     order: Any, row_in_order: Any, starts: Any, following: Any,
     slots: Any, heads: Any, tails: Any, rows: Any, where: Any, squares: Any,
@@ -267,7 +285,9 @@ def update(
 
     `rates` holds rate, eps, beta1, beta2 and weight decay. The kind `NORM` writes no row: it leaves the sum of squares
     of each bucket's summed gradients in `squares`. With an empty `order` bucket b is feature b of
-    ``len(starts) - 1``, as `gather` leaves the rows. Scratch: `order`, `row_in_order` and `following` are as long as
+    ``len(starts) - 1``, as `gather` leaves the rows. Where rows move between slots, `names` tells the id of the row in
+    each, `dirty` is set to 1, and `stats` counts the updates of a row and notes the last step; else all are empty.
+    Scratch: `order`, `row_in_order` and `following` are as long as
     the lookups, `slots` (all zero, before and after), `heads`, `tails`, `rows` and `where` have a line per thread.
     """
     dim = weight.shape[1]
@@ -371,7 +391,12 @@ def update(
                         moment1[d] = m
                         moment2[d] = v
                         values[d] -= rate * (m / (np.sqrt(v) + eps))
-                _close(weight, row, buffer, storage, dice)
+                name = np.uint64(names[row]) if len(names) else row
+                _close(weight, row, buffer, storage, dice, name)
+                if len(dirty):
+                    dirty[row] = 1
+                    stats[row, 0] += np.uint32(1)
+                    stats[row, 1] = step
             squares[bucket] = square
     return touched.sum()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vitalfew.core import InputError
+from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer
 from vitalfew.embeddings.tables import Table
 
@@ -34,10 +34,11 @@ class TorchBags(nn.Module):
         self.features = tuple((table.features or (table.name,))[0] for table in tables)
         self.dim = tables[0].dim
         self.bags = nn.ModuleList()
+        first, begin = FirstRows.drawn([table.num_rows for table in tables], generator), 0
         for table in tables:
             start = torch.empty(table.num_rows, table.dim, dtype=torch.float32, device="cpu")
-            bound = 1 / math.sqrt(table.num_rows)
-            start.uniform_(-bound, bound, generator=generator)
+            first.fill(start, begin)
+            begin += table.num_rows
             self.bags.append(nn.EmbeddingBag.from_pretrained(start, freeze=False, mode=table.pooling, sparse=True))
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None) -> Tensor:

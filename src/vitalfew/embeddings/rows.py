@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -21,7 +21,7 @@ from vitalfew.embeddings.optim import Optimizer
 __all__ = ["Counts", "Layout", "Rows", "step_together"]
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_KERNELS = threading.Lock()
+KERNELS = threading.Lock()
 """One kernel at a time: some threading layers of numba end the process when two threads enter them at once."""
 
 _NONE_I32 = np.empty(0, np.int32)
@@ -36,7 +36,7 @@ def _slab(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(bits) if dtype == torch.float32 else torch.from_numpy(bits).view(dtype)
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
+def array_of(tensor: Tensor) -> NDArray[Any]:
     """View a tensor as numpy, 16-bit floats as their bits."""
     if tensor.dtype == torch.float32:
         return tensor.detach().numpy()
@@ -69,8 +69,8 @@ class Counts:
     steps: int = 0
 
 
-@dataclass(slots=True)
-class _Lookups:
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Lookups:
     """One forward's lookups: row and, where they say something, bag and scale of each.
 
     With `features` the rows stand feature by feature, and the lookup of sample b and feature f is bag
@@ -106,10 +106,10 @@ class _Scratch:
 class _Waiting:
     """Gradients of bags that no row has received yet, and a factor on all of them."""
 
-    parts: list[tuple[_Lookups, Tensor]] = field(default_factory=list)
+    parts: list[tuple[Lookups, Tensor]] = field(default_factory=list)
     scale: float = 1.0
 
-    def add(self, lookups: _Lookups, grad: Tensor) -> None:
+    def add(self, lookups: Lookups, grad: Tensor) -> None:
         if self.scale != 1:  # of the parts so far alone
             self.parts = [(earlier, g * self.scale) for earlier, g in self.parts]
             self.scale = 1.0
@@ -118,7 +118,7 @@ class _Waiting:
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all()) for _, g in self.parts)
 
-    def merged(self) -> tuple[_Lookups, Tensor]:
+    def merged(self) -> tuple[Lookups, Tensor]:
         """Return all parts as one, in the order of their forwards."""
         if len(self.parts) == 1:
             return self.parts[0]
@@ -132,7 +132,7 @@ class _Waiting:
             if any_scale:
                 scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
             start += len(grad)
-        return _Lookups(
+        return Lookups(
             np.concatenate([lookups.in_sample_order() for lookups, _ in parts]),
             np.concatenate(bag_of),
             np.concatenate(scale_of) if any_scale else _NONE_F32,
@@ -211,6 +211,8 @@ class Rows:
         self.weight = _slab(num_rows, dim, dtype)
         self.wide = [_slab(num_rows, dim, torch.float32) for _ in range(optimizer.wide_states)]
         self.narrow = [_slab(num_rows, 1, torch.float32) for _ in range(optimizer.row_states)]
+        self._names, self._dirty = _NONE_I32, np.empty(0, np.uint8)
+        self._stats = np.empty((0, 2), np.uint32)
         self._forwards = 0
         self._waiting = _Waiting()
         self._scratch = _Scratch()
@@ -246,7 +248,7 @@ class Rows:
 
     def _pool(
         self, layout: Layout, ids: Tensor, offsets: Tensor | None, scales: Tensor | None
-    ) -> tuple[Tensor, _Lookups]:
+    ) -> tuple[Tensor, Lookups]:
         from vitalfew.embeddings import _kernels_numba as kernels
 
         flat = _as_integers(ids, "ids").reshape(-1)
@@ -258,41 +260,58 @@ class Rows:
             raise InputError(
                 f"{num_bags} bags do not divide among {features} features", hint="bag = sample * features + feature"
             )
-        n, dim = len(flat), self.weight.shape[1]
+        slab, flat, base, num_rows = self._locate(layout, flat, edges)
+        n, dim = len(flat), slab.shape[1]
         out = np.empty((num_bags, dim), np.float32)
-        weight, storage, threads = _array(self.weight), _STORAGE[self.weight.dtype], _threads()
+        weight, storage, threads = array_of(slab), _STORAGE[slab.dtype], num_threads()
         if offsets is None and scales is None and not layout.shared:
-            seen = _Lookups(np.empty(n, np.int64), _NONE_I32, _NONE_F32, features)
+            seen = Lookups(np.empty(n, np.int64), _NONE_I32, _NONE_F32, features)
             row_of = seen.row_of.reshape(features, -1)
             table = flat.reshape(-1, features)
-            with _KERNELS:
-                wrong = kernels.gather(weight, storage, table, layout.base, layout.num_rows, out, row_of, threads)
+            with KERNELS:
+                wrong = kernels.gather(weight, storage, table, base, num_rows, out, row_of, threads)
         else:
             scaled = scales is not None or (offsets is not None and bool(layout.mean.any()))
-            seen = _Lookups(
+            seen = Lookups(
                 np.empty(n, np.int64),
                 _NONE_I32 if offsets is None else np.empty(n, np.int32),
                 np.empty(n, np.float32) if scaled else _NONE_F32,
             )
-            with _KERNELS:
+            with KERNELS:
                 wrong = kernels.pool(
-                    weight, storage, flat, edges, weights, layout.mean, layout.base, layout.num_rows,
+                    weight, storage, flat, edges, weights, layout.mean, base, num_rows,
                     out, seen.row_of, seen.bag_of, seen.scale_of, threads,
                 )  # fmt: skip
         if wrong >= 0:
-            bag = wrong if offsets is None else int(np.searchsorted(edges, wrong, side="right")) - 1
-            f = bag % features
-            raise InputError(
-                f"id {flat[wrong]} of feature `{layout.features[f]}` in sample {bag // features} "
-                f"lies outside [0, {layout.num_rows[f]})",
-                hint="encode the ids with the vocabulary the table was made for",
-            )
+            self.refuse(layout, flat, edges, wrong)
         self.counts.lookups += n
         self._forwards += 1
         seen.serial = self._forwards
+        self._seen(seen)
         return torch.from_numpy(out), seen
 
-    def _receive(self, lookups: _Lookups, grad: Tensor) -> None:
+    def _locate(
+        self, layout: Layout, ids: NDArray[np.int64], edges: NDArray[np.int64]
+    ) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the slab, the ids, and the part of the slab each feature takes them from."""
+        del edges
+        return self.weight, ids, layout.base, layout.num_rows
+
+    def _seen(self, lookups: Lookups) -> None:
+        """Take note of a forward whose gradient may come."""
+
+    @staticmethod
+    def refuse(layout: Layout, ids: NDArray[np.int64], edges: NDArray[np.int64], wrong: int) -> NoReturn:
+        """Say which id lies outside its table."""
+        bag = int(np.searchsorted(edges, wrong, side="right")) - 1 if len(edges) else wrong
+        f = bag % len(layout.features)
+        raise InputError(
+            f"id {ids[wrong]} of feature `{layout.features[f]}` in sample {bag // len(layout.features)} "
+            f"lies outside [0, {layout.num_rows[f]})",
+            hint="encode the ids with the vocabulary the table was made for",
+        )
+
+    def _receive(self, lookups: Lookups, grad: Tensor) -> None:
         """Take a bag gradient; in backward mode for the end of the whole pass."""
         if self.update == "step":
             self._waiting.add(lookups, grad)
@@ -343,7 +362,7 @@ class Rows:
         from vitalfew.embeddings import _kernels_numba as kernels
 
         lookups, grad = waiting.merged()
-        n, threads, get = len(lookups.row_of), _threads(), self._scratch.get
+        n, threads, get = len(lookups.row_of), num_threads(), self._scratch.get
         if n >= 2**31:
             raise InputError(f"{n} lookups wait for one update, it can take 2**31 - 1", hint="step more often")
         following = get("following", (n,), np.int32)
@@ -355,19 +374,21 @@ class Rows:
         else:
             order, rows = get("order", (n,), np.int32), get("row_in_order", (n,), np.int64)
             starts = np.empty((1 << (n // kernels.BUCKET).bit_length()) + 1, np.int64)
-            with _KERNELS:
-                largest = int(kernels.partition(lookups.in_sample_order(), order, rows, starts, threads))
+            with KERNELS:
+                named = self._named(lookups.in_sample_order()) if norm else lookups.in_sample_order()
+                largest = int(kernels.partition(named, order, rows, starts, threads))
         rate, eps, beta1, beta2 = self.optimizer.scalars(max(self.counts.steps, 1))
         none = np.empty((0, 0), np.float32)
-        wide = [*map(_array, self.wide), none, none]
+        wide = [*map(array_of, self.wide), none, none]
         squares = np.zeros(len(starts) - 1)
         dice = np.uint64((self.seed * 0x9E3779B97F4A7C15 + self.counts.steps * 0xD1342543DE82EF95) % 2**64)
-        with _KERNELS:
+        with KERNELS:
             touched = kernels.update(
                 kernels.NORM if norm else self.optimizer.kind,
-                _array(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
-                _array(self.narrow[0]) if self.narrow else none,
+                array_of(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
+                array_of(self.narrow[0]) if self.narrow else none,
                 np.array([rate, eps, beta1, beta2, self.optimizer.weight_decay], np.float32), dice,
+                self._names, self._dirty, self._stats, np.uint32(self.counts.steps),
                 lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(waiting.scale),
                 order, rows, starts, following,
                 get("slots", (threads, 2 << largest.bit_length()), np.int32),
@@ -377,7 +398,11 @@ class Rows:
             )  # fmt: skip
         return float(squares.sum()) if norm else float(touched)
 
-    def _scale_gradients(self, lookups: _Lookups, layout: Layout, scales: Tensor, grad: Tensor) -> Tensor:
+    def _named(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ids of rows of the slab: sums over rows must not depend on where a row lies."""
+        return self._names[rows].astype(np.int64) if len(self._names) else rows
+
+    def _scale_gradients(self, lookups: Lookups, layout: Layout, scales: Tensor, grad: Tensor) -> Tensor:
         from vitalfew.embeddings import _kernels_numba as kernels
 
         divisor = np.ones(len(lookups.row_of), np.float32)
@@ -385,10 +410,10 @@ class Rows:
             mean = layout.mean[lookups.bag_of % len(layout.features)]
             np.copyto(divisor, np.bincount(lookups.bag_of)[lookups.bag_of], where=mean, casting="unsafe")
         out = np.empty(len(divisor), np.float32)
-        with _KERNELS:
+        with KERNELS:
             kernels.scale_gradients(
-                _array(self.weight), _STORAGE[self.weight.dtype], lookups.in_sample_order(), lookups.bag_of,
-                divisor, grad.numpy(), out, _threads(),
+                array_of(self.weight), _STORAGE[self.weight.dtype], lookups.in_sample_order(), lookups.bag_of,
+                divisor, grad.numpy(), out, num_threads(),
             )  # fmt: skip
         return torch.from_numpy(out).reshape(scales.shape).to(scales.dtype)
 
@@ -429,7 +454,7 @@ class _Bags(torch.autograd.Function):
         return None, to_scales, None, None, None, None
 
 
-def _threads() -> int:
+def num_threads() -> int:
     import numba
 
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitalfew.core import InputError
+from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.optim import Optimizer, optimizer_from_dict
 from vitalfew.embeddings.rows import Counts, Layout, Rows
 
@@ -125,20 +126,36 @@ class EmbeddingBags(nn.Module):
             num_rows=np.array([table.num_rows for _, table in owners], np.int64),
             mean=np.array([table.pooling == "mean" for _, table in owners], np.bool_),
         )
-        self.rows = Rows(sum(t.num_rows for t in tables), self.dim, optimizer, dtype=dtype, update=update, seed=seed)
-        self.register_buffer("weight", self.rows.weight)
-        for name, tensor in self.rows.state.items():
-            self.register_buffer(name, tensor)
-        self._initialise(generator)
+        first = FirstRows.drawn([t.num_rows for t in tables], generator)
+        self.rows = self._make_rows(optimizer, first, dtype=dtype, update=update, seed=seed)
 
-    def _initialise(self, generator: torch.Generator | None) -> None:
-        for table in self.tables:
-            bound = 1 / math.sqrt(table.num_rows)
-            target = self.rows_of(table.name)
-            if target.dtype == torch.float32:
-                target.uniform_(-bound, bound, generator=generator)
-            else:
-                target.copy_(torch.empty_like(target, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+    def _make_rows(
+        self,
+        optimizer: Optimizer,
+        first: FirstRows,
+        *,
+        dtype: torch.dtype,
+        update: Literal["backward", "step"],
+        seed: int,
+    ) -> Rows:
+        rows = Rows(self.num_rows, self.dim, optimizer, dtype=dtype, update=update, seed=seed)
+        self.register_buffer("weight", rows.weight)
+        for name, tensor in rows.state.items():
+            self.register_buffer(name, tensor)
+        first.fill(rows.weight)
+        return rows
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(table.num_rows for table in self.tables)
+
+    def span_of(self, table: str) -> range:
+        """Return the rows of one table, as numbered over all tables."""
+        found = next((t for t in self.tables if t.name == table), None)
+        if found is None:
+            raise InputError(f"there is no table `{table}`", hint=f"there are {', '.join(t.name for t in self.tables)}")
+        return range(self._start[table], self._start[table] + found.num_rows)
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the pooled rows, float32, shape (samples, features, dim).
@@ -168,11 +185,8 @@ class EmbeddingBags(nn.Module):
 
     def rows_of(self, table: str) -> Tensor:
         """Return the weights of one table, a view of shape (num_rows, dim)."""
-        found = next((t for t in self.tables if t.name == table), None)
-        if found is None:
-            raise InputError(f"there is no table `{table}`", hint=f"there are {', '.join(t.name for t in self.tables)}")
-        start = self._start[table]
-        return self.rows.weight[start : start + found.num_rows]
+        span = self.span_of(table)
+        return self.rows.weight[span.start : span.stop]
 
     @property
     def counts(self) -> Counts:
@@ -199,8 +213,7 @@ class EmbeddingBags(nn.Module):
         self.rows.zero_grad()
 
     def extra_repr(self) -> str:
-        total = sum(t.num_rows for t in self.tables)
-        return f"{len(self.tables)} tables, {total:,} rows x {self.dim}, {self.rows.optimizer}"
+        return f"{len(self.tables)} tables, {self.num_rows:,} rows x {self.dim}, {self.rows.optimizer}"
 
     def get_extra_state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,87 @@
+"""How many rows fit a number of bytes, when everything that is needed for them counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitalfew.core import Budget, InputError
+from vitalfew.tiers.dram import Dram
+from vitalfew.tiers.policies import LookAhead, Policy
+from vitalfew.tiers.residency import Residency
+from vitalfew.tiers.store import RowStore
+from vitalfew.tiers.window import Window
+
+__all__ = ["Room", "room_for"]
+
+_WINDOW_SHARE = 1 / 8
+"""Of the memory, for the batches that are known beforehand: half for the ring of their rows, half for themselves."""
+_FEWEST_ENTRIES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a budget of memory is divided into.
+
+    Attributes
+    ----------
+    slots
+        Rows at a time.
+    entries
+        Size of the window.
+    queue_bytes
+        For batches that wait for their turn.
+    nbytes
+        All of it, in bytes: slab, directory, window, queue, buffers and tables of the tier below.
+    """
+
+    slots: int
+    entries: int
+    queue_bytes: int
+    nbytes: int
+
+
+def _parts(num_rows: int, slots: int, record_bytes: int, below_bytes: int, policy: Policy, entries: int) -> int:
+    return (
+        Residency.bytes_for(num_rows, slots, policy)
+        + RowStore.bytes_for(slots)
+        + slots * record_bytes
+        + Window.bytes_for(entries)
+        + below_bytes
+    )
+
+
+def room_for(memory: Dram, num_rows: int, record_bytes: int, below_bytes: int, policy: Policy) -> Room:
+    """Divide memory, given in bytes for everything, or as the rows that are there at a time.
+
+    Raises
+    ------
+    InputError
+        If nothing is left for rows, with the least that would do.
+    """
+    budget = Budget.of(memory.size)
+    if budget.kind != "bytes":
+        slots = memory.limit(record_bytes, num_rows)
+        if slots < 1:
+            raise InputError(f"{memory.size!r} of {num_rows:,} rows is not one row", hint="give more memory")
+        entries = max(4 * slots, _FEWEST_ENTRIES)
+        queue = max(slots * record_bytes, 1 << 20)
+        parts = _parts(num_rows, slots, record_bytes, below_bytes, policy, entries)
+        return Room(slots, entries, queue, parts + queue)
+    total = int(budget.value)
+    share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
+    entries = max(_FEWEST_ENTRIES, 1 << max(int(total * share / 2) // 32, 1).bit_length() - 1)
+    while entries > _FEWEST_ENTRIES and Window.bytes_for(entries) > total * share / 2:
+        entries //= 2
+    if Window.bytes_for(entries * 3 // 2) <= total * share / 2:
+        entries = entries * 3 // 2
+    queue = int(total * share / 2)
+    fixed = _parts(num_rows, 0, record_bytes, below_bytes, policy, entries) + queue
+    per_slot = record_bytes + 29
+    slots = min((total - fixed) // per_slot, num_rows)
+    if slots < 1:
+        least = fixed - queue - Window.bytes_for(entries) + Window.bytes_for(_FEWEST_ENTRIES) + 1024 * per_slot
+        raise InputError(
+            f"{total:,} bytes of memory hold no row: directory and buffers of {num_rows:,} rows take {fixed:,}",
+            hint=f"give at least {least * 8 // 7:,} bytes, or hash the ids into fewer rows",
+        )
+    return Room(slots, entries, queue, fixed + slots * per_slot)

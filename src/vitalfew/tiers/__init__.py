@@ -1,0 +1,59 @@
+"""Rows over fast and slow memory: tiers, policies that choose who stays, and their simulation.
+
+Importing this package loads neither numba nor Ray; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitalfew.tiers.dram import Dram
+    from vitalfew.tiers.file import File
+    from vitalfew.tiers.lower import Lower, Opened, Traffic
+    from vitalfew.tiers.policies import LFU, LRU, Chaos, LookAhead, Policy, Static, policy_named
+    from vitalfew.tiers.simulate import Simulated, lower_bound, simulate
+    from vitalfew.tiers.store import Moves, RowStore
+
+__all__ = [
+    "LFU",
+    "LRU",
+    "Chaos",
+    "Dram",
+    "File",
+    "LookAhead",
+    "Lower",
+    "Moves",
+    "Opened",
+    "Policy",
+    "RowStore",
+    "Simulated",
+    "Static",
+    "Traffic",
+    "lower_bound",
+    "policy_named",
+    "simulate",
+]
+
+_NAMES_IN = {
+    "dram": ("Dram",),
+    "file": ("File",),
+    "lower": ("Lower", "Opened", "Traffic"),
+    "policies": ("LFU", "LRU", "Chaos", "LookAhead", "Policy", "Static", "policy_named"),
+    "simulate": ("Simulated", "lower_bound", "simulate"),
+    "store": ("Moves", "RowStore"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
