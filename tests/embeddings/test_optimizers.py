@@ -36,7 +36,7 @@ class Peer:
     """One nn.EmbeddingBag per table, fed bag by bag; gradients dense or sparse."""
 
     def __init__(self, ours: EmbeddingBags, *, sparse: bool) -> None:
-        self.layout = ours._layout
+        self.layout = ours.layout
         self.bags, self.of_feature = [], []
         for table in ours.tables:
             start = ours.rows_of(table.name).clone()
@@ -59,7 +59,7 @@ class Peer:
 
 def batch(ours: EmbeddingBags, shape: str, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     features, samples = len(ours.features), 7
-    limits = np.resize(ours._layout.num_rows, samples * features)
+    limits = np.resize(ours.layout.num_rows, samples * features)
     sizes = np.ones(len(limits), np.int64) if shape == "one id" else rng.integers(0, 5, len(limits))
     ids = (rng.random(sizes.sum()) * np.repeat(limits, sizes)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -116,7 +116,7 @@ def test_rowwise_adagrad_equals_float64_arithmetic(dim: int, shape: str, pooling
     ours = EmbeddingBags(tables_of(shape, dim, pooling), rule, generator=torch.Generator().manual_seed(dim))
     w, s = ours.weight.numpy().astype(np.float64), np.zeros(len(ours.weight))
     rng = np.random.default_rng(dim)
-    base, mean, features = ours._layout.base, ours._layout.mean, len(ours.features)
+    base, mean, features = ours.layout.base, ours._layout.mean, len(ours.features)
     for _ in range(5):
         ids, offsets, weights = batch(ours, shape, rng)
         out = ours(ids, offsets, weights)

@@ -395,7 +395,7 @@ def test_clipping_is_exact(max_norm: float) -> None:
     twin = copy.deepcopy(linear)
     ids, more = one_id(8, 50), torch.arange(8).unsqueeze(1) % 5
     (linear(bags(ids).flatten(1)).square().sum() + other(more).square().sum()).backward()
-    base = torch.from_numpy(bags._layout.base)
+    base = torch.from_numpy(bags.layout.base)
     fields = nn.functional.embedding(ids + base, dense[0]).flatten(1)
     (twin(fields).square().sum() + nn.functional.embedding(more, dense[1]).square().sum()).backward()
     norm = clip_grad_norm(linear.parameters(), [bags, other.rows], max_norm)
@@ -546,7 +546,7 @@ def test_two_threads_may_train_different_models() -> None:
 def test_step_allocates_nothing_as_large_as_the_table() -> None:
     rows = Rows(10_000_000, 4, SGD(0.1))  # 160 MB
     bags = EmbeddingBags([Table("a", 8, 4)], SGD(0.1))
-    layout = bags._layout
+    layout = bags.layout
     layout.num_rows[:] = 10_000_000
 
     def step(seed: int) -> None:
@@ -578,7 +578,7 @@ def test_table_of_more_than_two_to_the_31_rows_trains() -> None:
     if psutil.virtual_memory().available < 8 * 2**30:
         pytest.skip("the table takes 4 GiB")
     rows = Rows(num_rows, 1, SGD(1.0), dtype=torch.bfloat16)
-    layout = EmbeddingBags([Table("a", 1, 1)], SGD(1.0))._layout
+    layout = EmbeddingBags([Table("a", 1, 1)], SGD(1.0)).layout
     layout.num_rows[:] = num_rows
     rows.bags(layout, torch.tensor([num_rows - 1, 3, num_rows - 1])).sum().backward()
     assert float(rows.weight[num_rows - 1]) == -2.0

@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitalfew.embeddings.ahead import Prefetch
     from vitalfew.embeddings.baseline import TorchBags
     from vitalfew.embeddings.metrics import BinaryMetrics, binary_metrics
     from vitalfew.embeddings.models import DLRM
     from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad, optimizer_from_dict
     from vitalfew.embeddings.rows import Counts, Rows
     from vitalfew.embeddings.tables import EmbeddingBags, Table, clip_grad_norm
+    from vitalfew.embeddings.tiered import TieredEmbeddings
     from vitalfew.embeddings.wrapping import Wrapped, wrap
 
 _HOME = {
@@ -30,6 +32,8 @@ _HOME = {
     "EmbeddingBags": "tables",
     "Table": "tables",
     "clip_grad_norm": "tables",
+    "Prefetch": "ahead",
+    "TieredEmbeddings": "tiered",
     "Wrapped": "wrapping",
     "wrap": "wrapping",
 }
@@ -43,9 +47,11 @@ __all__ = [
     "EmbeddingBags",
     "LazyAdam",
     "Optimizer",
+    "Prefetch",
     "Rows",
     "RowwiseAdagrad",
     "Table",
+    "TieredEmbeddings",
     "TorchBags",
     "Wrapped",
     "binary_metrics",

@@ -19,12 +19,12 @@ _GOLD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @njit(nogil=True, cache=True)
-def _uniform(ids: Any, starts: Any, bounds: Any, seed: Any, out: Any) -> None:
+def _uniform(ids: Any, lines: Any, starts: Any, bounds: Any, seed: Any, out: Any) -> None:
     dim = out.shape[1]
     for i in range(len(ids)):
         bound = bounds[np.searchsorted(starts, ids[i], side="right") - 1]
         key = (np.uint64(ids[i]) * _GOLD) ^ seed
-        row = out[i]
+        row = out[lines[i]]
         for d in range(dim):
             x = key + np.uint64(d + 1) * np.uint64(0xD1342543DE82EF95)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -63,8 +63,12 @@ class FirstRows:
     def __call__(self, ids: NDArray[np.int64], dim: int) -> NDArray[np.float32]:
         """Return the first weights of rows, shape (ids, dim)."""
         out = np.empty((len(ids), dim), np.float32)
-        _uniform(ids, self._starts, self._bounds, np.uint64(self.seed), out)
+        self.into(out, np.arange(len(ids), dtype=np.int32), ids)
         return out
+
+    def into(self, out: NDArray[np.float32], lines: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
+        """Write the first weights of rows into lines of an array."""
+        _uniform(ids, lines, self._starts, self._bounds, np.uint64(self.seed), out)
 
     def fill(self, weight: Tensor, start: int = 0) -> None:
         """Write the first weights of the rows from `start` on into a tensor of any kind of float."""

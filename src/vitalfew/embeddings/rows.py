@@ -251,7 +251,7 @@ class Rows:
     ) -> tuple[Tensor, Lookups]:
         from vitalfew.embeddings import _kernels_numba as kernels
 
-        flat = _as_integers(ids, "ids").reshape(-1)
+        flat = as_integers(ids, "ids").reshape(-1)
         edges = _NONE_I64 if offsets is None else as_offsets(offsets, len(flat))
         weights = _NONE_F32 if scales is None else _as_weights(scales, len(flat))
         num_bags = len(flat) if offsets is None else len(edges) - 1
@@ -463,7 +463,7 @@ def num_threads() -> int:
     return int(threads)
 
 
-def _as_integers(tensor: Tensor, name: str) -> NDArray[np.int64]:
+def as_integers(tensor: Tensor, name: str) -> NDArray[np.int64]:
     _refuse_device(tensor, name)
     if tensor.dtype not in (torch.int64, torch.int32):
         raise InputError(
@@ -474,7 +474,7 @@ def _as_integers(tensor: Tensor, name: str) -> NDArray[np.int64]:
 
 def as_offsets(offsets: Tensor, num_ids: int) -> NDArray[np.int64]:
     """Return offsets as numpy if they divide that many ids into bags, or say what is wrong with them."""
-    edges = _as_integers(offsets, "offsets").reshape(-1)
+    edges = as_integers(offsets, "offsets").reshape(-1)
     if len(edges) < 1 or edges[0] != 0 or edges[-1] != num_ids or bool((np.diff(edges) < 0).any()):
         raise InputError(
             f"offsets must rise from 0 to the number of ids, {num_ids}, "

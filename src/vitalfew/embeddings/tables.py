@@ -120,7 +120,7 @@ class EmbeddingBags(nn.Module):
         self.features = tuple(feature for feature, _ in owners)
         if len(set(self.features)) != len(self.features):
             raise InputError(f"feature names repeat in {self.features}", hint="each feature has one table")
-        self._layout = Layout(
+        self.layout = Layout(
             self.features,
             base=np.array([self._start[table.name] for _, table in owners], np.int64),
             num_rows=np.array([table.num_rows for _, table in owners], np.int64),
@@ -180,7 +180,7 @@ class EmbeddingBags(nn.Module):
                 f"expected ids of shape (samples, {len(self.features)}), got {tuple(ids.shape)}",
                 hint="one column per feature, or a flat tensor with offsets",
             )
-        flat = self.rows.bags(self._layout, ids, offsets, weights)
+        flat = self.rows.bags(self.layout, ids, offsets, weights)
         return flat.reshape(-1, len(self.features), self.dim)
 
     def rows_of(self, table: str) -> Tensor:

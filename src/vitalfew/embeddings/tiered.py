@@ -94,7 +94,7 @@ class TieredEmbeddings(EmbeddingBags):
             raise InputError("the first tier must be a Dram", hint='tiers=[Dram("2 GiB"), File("rows/")]')
         if ahead < 0:
             raise InputError(f"ahead must not be negative, got {ahead}", hint="2 is the default")
-        self._tiers, self._policy, self._ahead = tuple(tiers), policy or LookAhead(), ahead
+        self._tiers, self.policy, self._ahead = tuple(tiers), policy or LookAhead(), ahead
         self._resume = resume
         self.room: Room
         self.note: dict[str, Any] = {}
@@ -117,7 +117,7 @@ class TieredEmbeddings(EmbeddingBags):
             assert isinstance(memory, Dram)
             if len(self._tiers) == 1:
                 memory = Dram(memory.size if isinstance(memory.size, str) else self.num_rows)
-            self.room = room_for(memory, self.num_rows, record.nbytes, below.tier.nbytes, self._policy)
+            self.room = room_for(memory, self.num_rows, record.nbytes, below.tier.nbytes, self.policy)
             if len(self._tiers) == 1 and self.room.slots < self.num_rows:
                 raise InputError(
                     f"{memory.size!r} holds {self.room.slots:,} of {self.num_rows:,} rows",
@@ -126,9 +126,9 @@ class TieredEmbeddings(EmbeddingBags):
             if below.note is not None:
                 first, optimizer = self._accept(below.note, optimizer, first)
             rows = TieredRows(self.room.slots, self.dim, optimizer, dtype=dtype, update=update, seed=seed, first=first)
-            depth = self._policy.depth if isinstance(self._policy, LookAhead) else 0
+            depth = self.policy.depth if isinstance(self.policy, LookAhead) else 0
             schedule = Schedule(
-                self.num_rows, self.room.slots, self._policy, ahead=self._ahead, depth=min(depth, 2**20),
+                self.num_rows, self.room.slots, self.policy, ahead=self._ahead, depth=min(depth, 2**20),
                 entries=self.room.entries,
             )  # fmt: skip
             rows.attach(RowStore(schedule, rows.record(), below.tier, rows.begin, below.places))

@@ -127,7 +127,7 @@ class TieredRows(Rows):
                     store.finish()
                 store.load()
             except InputError:
-                store.abandon()
+                self.give_up()
                 raise
 
     def _held_slots(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -176,7 +176,26 @@ class TieredRows(Rows):
 
     def begin(self, rows: NDArray[np.int64], slots: NDArray[np.int32]) -> None:
         """Write what rows begin with into their slots."""
-        into = torch.from_numpy(slots.astype(np.int64))
-        named = {"weight": self.weight, **self.state, "stats": torch.from_numpy(self._stats.view(np.int32))}
-        for name, value in self.first(rows).items():
-            named[name][into] = value
+        self.store.record.clear(slots)
+        if self.weight.dtype == torch.float32:
+            self._first.into(array_of(self.weight), slots, rows)
+        else:
+            values = torch.from_numpy(self._first(rows, self.weight.shape[1])).to(self.weight.dtype)
+            array_of(self.weight)[slots] = array_of(values)
+
+    def give_up(self) -> int:
+        """End all turns: what forwards have looked up gets no update any more. Returns how many gradients waited."""
+        waited = self.pending
+        self.zero_grad()
+        self._live.clear()
+        with self.store.lock:
+            self.store.abandon()
+        return waited
+
+    def _receive(self, lookups: Lookups, grad: Tensor) -> None:
+        if lookups not in self._live:
+            raise InputError(
+                "the rows of this forward are no longer held, their update would come too late",
+                hint="call backward and step before the loop over Prefetch ends",
+            )
+        super()._receive(lookups, grad)

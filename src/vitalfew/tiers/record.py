@@ -32,6 +32,12 @@ def _put(column: Any, slots: Any, records: Any, at: Any) -> None:
             target[d] = source[at + d]
 
 
+@njit(nogil=True, cache=True)
+def _clear(column: Any, slots: Any) -> None:
+    for slot in slots:
+        column[slot] = 0
+
+
 class Record:
     """How the columns of a slab lie in a record.
 
@@ -72,3 +78,8 @@ class Record:
         """Copy records into slots of the slab."""
         for column, at in self._columns:
             _put(column, slots, records.view(column.dtype), at)
+
+    def clear(self, slots: NDArray[np.int32]) -> None:
+        """Fill slots of the slab with zeros."""
+        for column, _ in self._columns:
+            _clear(column, slots)

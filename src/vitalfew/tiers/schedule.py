@@ -72,9 +72,9 @@ class Schedule:
         self.loaded = 0
         self.finished = 0
 
-    def wants(self, done: int) -> bool:
-        """Say whether the window may take another batch before so many have finished."""
-        return self.window.entered < done + self.depth
+    def wants(self) -> bool:
+        """Say whether the window should take another batch before the next one finishes."""
+        return self.window.entered < self.finished + 1 + self.depth
 
     def enter(self, ids: NDArray[np.int64]) -> bool:
         """Take the ids of the next batch into the window; False where the ring is full for now."""

@@ -117,7 +117,7 @@ def simulate(
         evicted += len(gone)
 
     for done in range(batches + 1):
-        while entered < batches and schedule.wants(done):
+        while entered < batches and schedule.wants():
             schedule.enter(flat[edges[entered] : edges[entered + 1]])
             entered += 1
         if done:

@@ -117,10 +117,12 @@ class RowStore:
         self._leave(self.schedule.finish(keep=keep))
 
     def abandon(self) -> None:
-        """Give up all turns: the rows stay where they are, and none is needed any longer."""
-        self._settle()
+        """Give up all turns: rows stay where they are, and none is needed any longer. Nothing is read or written."""
+        while self._arriving:
+            _, places, slots = self._arriving.pop()
+            self.residency.vacate(slots, places)
         while self.schedule.loaded > self.schedule.finished:
-            self._leave(self.schedule.finish())
+            self._leaving = np.concatenate([self._leaving, self.schedule.finish()])
         self.schedule.forget()
 
     # -- reading beside the turns
