@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from vitalfew.core import InputError, Line, Receipt
 from vitalfew.embeddings.rows import as_integers, as_offsets
 from vitalfew.embeddings.tiered import TieredEmbeddings
 from vitalfew.embeddings.tiered_rows import row_ids
+from vitalfew.tiers.policies import Belady
+from vitalfew.tiers.rehearsal import Rehearsal
 
 __all__ = ["Prefetch"]
 
@@ -44,6 +47,10 @@ class Prefetch(Generic[B]):
     ids
         Takes a batch and returns its ids as `EmbeddingBags` wants them, or ids and offsets. By default the
         attributes or keys ``ids`` and ``offsets``.
+    scratch
+        Folder for what the `Belady` policy notes about a pass, four bytes per row and batch.
+    on_rehearsal
+        Called with the number of batches that it has read so far.
 
     Examples
     --------
@@ -77,6 +84,8 @@ class Prefetch(Generic[B]):
         loader: Iterable[B],
         *,
         ids: Callable[[B], Tensor | tuple[Tensor, Tensor | None]] | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+        on_rehearsal: Callable[[int], None] | None = None,
     ) -> None:
         if not isinstance(tables, TieredEmbeddings):
             raise InputError(
@@ -84,6 +93,7 @@ class Prefetch(Generic[B]):
                 "over the loader itself"
             )  # fmt: skip
         self.tables, self.loader = tables, loader
+        self.scratch, self.on_rehearsal = scratch, on_rehearsal
         self._ids = ids or _ids_of
         self._running: _Run[B] | None = None
         self.given = 0
@@ -107,9 +117,10 @@ class Prefetch(Generic[B]):
                 yield found[0]
         finally:
             # Where the loop fails, what waits is given up without another complaint.
-            complete = run.exhausted
-            waited = self.close()
-        if waited and complete:
+            waited = run.close()
+            if self._running is run:
+                self._running = None
+        if waited:
             raise InputError(
                 f"{waited} gradients waited for a step when the loop ended", hint="call step() in the loop"
             )
@@ -168,12 +179,19 @@ class _Run(Generic[B]):
         self._rows = owner.tables.rows
         self._store = owner.tables.store
         self._schedule = self._store.schedule
+        if self._rows.driven:
+            raise InputError("another Prefetch reads ahead for these tables", hint="leave its loop first")
         if self._rows.busy:
-            raise InputError("gradients wait for a step", hint="call step() before reading ahead")
-        self._rows.give_up()
+            raise InputError(
+                "an update may come for a forward before this loop", hint="call backward and step() first, or let go "
+                "of its result"
+            )  # fmt: skip
+        self._rehearsal = self._rehearse() if isinstance(owner.tables.policy, Belady) else None
+        self._rows.give_up(self._rehearsal)
         self._rows.driven = True
         self._source = iter(owner.loader)
-        self._queue: deque[tuple[B, int]] = deque()
+        self._queue: deque[B] = deque()
+        self._sizes: deque[int] = deque()  # of the batches that are not done, whether given or not: no clock decides
         self._queued_bytes = 0
         self._parked: tuple[B, NDArray[np.int64]] | None = None
         self._change = threading.Condition()
@@ -181,9 +199,10 @@ class _Run(Generic[B]):
         self._given = 0
         self._ready = 0
         self._ended = False  # the loader has no more
+        self._broken: BaseException | None = None  # why not, if it failed
+        self._drained = False
         self._failure: BaseException | None = None
         self._stop = False
-        self.exhausted = False
         self._thread = threading.Thread(target=self._work, name="vitalfew-prefetch", daemon=True)
         self._thread.start()
 
@@ -195,30 +214,44 @@ class _Run(Generic[B]):
             if self._given:
                 self._done.append(self._rows.busy)
                 self._change.notify_all()
-            while not (self._ready > self._given or self._failure or (self._ended and self._given == self._entered)):
+            while not (self._ready > self._given or self._failure or self._drained or self._stop):
                 self._change.wait()
             self._owner.waited += time.perf_counter() - start
+            if self._stop:
+                raise InputError("the Prefetch was closed inside its own loop", hint="break out of the loop instead")
             if self._ready > self._given:
-                batch, size = self._queue.popleft()
-                self._queued_bytes -= size
+                self._rows.turn = self._given
                 self._given += 1
-                return (batch,)
+                return (self._queue.popleft(),)
             if self._failure:
                 raise self._failure
-            self.exhausted = True
             return None
-
-    @property
-    def _entered(self) -> int:
-        return self._given + len(self._queue)
 
     def close(self) -> int:
         with self._change:
+            if self._stop:
+                return 0
             self._stop = True
             self._change.notify_all()
-        self._thread.join(_PATIENCE)
-        self._rows.driven = False
-        return self._rows.give_up()
+        try:
+            self._thread.join(_PATIENCE)
+        finally:  # also on a second Ctrl-C
+            self._rows.driven = False
+            waited = self._rows.give_up()
+            if self._rehearsal is not None:
+                self._rehearsal.close()
+        return waited
+
+    def _rehearse(self) -> Rehearsal:
+        """Read the loader once for its ids."""
+        owner = self._owner
+        if iter(owner.loader) is owner.loader:
+            raise InputError(
+                f"a {type(owner.loader).__name__} can be read only once, and Belady() reads it beforehand",
+                hint="pass an object that can be iterated again, or use LookAhead()",
+            )
+        ids = (self._rows_of(batch) for batch in owner.loader)
+        return Rehearsal(ids, owner.tables.num_rows, folder=owner.scratch, progress=owner.on_rehearsal)
 
     # -- the thread's side
 
@@ -227,12 +260,17 @@ class _Run(Generic[B]):
             self._fill(self._schedule.ahead + 1)
             self._load()
             self._fill()
-            while True:
+            while not (self._ended and self._schedule.finished == self._schedule.window.entered):
                 self._load()  # what the window had no room for before
                 if (waits := self._next_done()) is None or not self._finish(waits):
                     return
                 self._load()
                 self._fill()
+            if self._broken is not None:
+                raise self._broken
+            with self._change:
+                self._drained = True
+                self._change.notify_all()
         except BaseException as error:  # noqa: BLE001  whatever it is, the loop has to hear of it
             with self._change:
                 self._failure = error
@@ -246,28 +284,25 @@ class _Run(Generic[B]):
             return None if self._stop else self._done[self._schedule.finished]
 
     def _finish(self, waits: bool) -> bool:
-        """Let the rows of a batch that is done leave; False where it is the last and gradients wait for them."""
+        """Let the rows of a batch that is done leave, if no gradient waits for them; False when it is time to stop."""
         with self._moving():
-            schedule = self._schedule
             if self._stop:
                 return False
-            if waits and schedule.loaded == schedule.finished + 1:
-                if schedule.window.entered > schedule.loaded:
-                    raise InputError(
-                        "gradients wait for a step, and their rows leave no room for the next batch",
-                        hint="step more often, give more memory, or use smaller batches",
-                    )
-                return False
+            self._queued_bytes -= self._sizes.popleft()
             self._store.finish(keep=waits)
+            self._announce()
             return True
 
     def _load(self) -> None:
         """Bring in the rows of the next batches, as far ahead as they may come."""
         with self._moving():
             while not self._stop and self._store.load():
-                with self._change:
-                    self._ready = self._schedule.loaded
-                    self._change.notify_all()
+                self._announce()
+
+    def _announce(self) -> None:
+        with self._change:
+            self._ready = self._schedule.loaded
+            self._change.notify_all()
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
@@ -288,14 +323,10 @@ class _Run(Generic[B]):
             if self._queued_bytes >= self._owner.tables.room.queue_bytes and not few:
                 return
             if self._parked is None:
-                try:
-                    batch = next(self._source)
-                except StopIteration:
-                    with self._change:
-                        self._ended = True
-                        self._change.notify_all()
+                self._parked = self._read()
+                if self._parked is None:
+                    self._ended = True
                     return
-                self._parked = batch, self._rows_of(batch)
             batch, rows = self._parked
             with self._store.lock:
                 if self._stop:
@@ -303,22 +334,33 @@ class _Run(Generic[B]):
                 if not self._schedule.enter(rows):
                     if entered == self._schedule.loaded == self._schedule.finished:
                         raise InputError(
-                            f"a batch of {len(rows):,} ids does not fit the window", hint="give more memory"
+                            f"a batch of {len(rows):,} ids does not fit the window, which holds "
+                            f"{self._schedule.window.size:,}",
+                            hint="give more memory, or use smaller batches",
                         )
                     return
             self._parked = None
-            size = _nbytes(batch)
-            with self._change:
-                self._queue.append((batch, size))
-                self._queued_bytes += size
-                self._change.notify_all()
+            self._sizes.append(_nbytes(batch))
+            self._queued_bytes += self._sizes[-1]
+            self._queue.append(batch)
+
+    def _read(self) -> tuple[B, NDArray[np.int64]] | None:
+        """Take a batch from the loader. What is wrong with it is told when its turn comes, after those before it."""
+        try:
+            for batch in self._source:
+                return batch, self._rows_of(batch)
+        except BaseException as error:  # noqa: BLE001  as in `_work`
+            self._broken = error
+        return None
 
     def _rows_of(self, batch: B) -> NDArray[np.int64]:
         found = self._owner._ids(batch)
         ids, offsets = found if isinstance(found, tuple) else (found, None)
+        tables = self._owner.tables
+        tables.check_shape(ids, offsets)
         flat = as_integers(ids, "ids").reshape(-1)
         edges = np.empty(0, np.int64) if offsets is None else as_offsets(offsets, len(flat))
-        return row_ids(self._owner.tables.layout, flat, edges)
+        return row_ids(tables.layout, flat, edges)
 
 
 def _ids_of(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Literal
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.optim import Optimizer
 from vitalfew.embeddings.rows import KERNELS, Layout, Lookups, Rows, array_of, num_threads
 from vitalfew.tiers.record import Record
+from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import HELD
 from vitalfew.tiers.store import RowStore
 
@@ -69,6 +71,8 @@ class TieredRows(Rows):
         self._stats = np.zeros((num_slots, 2), np.uint32)
         self.driven = False
         """Whether a `Prefetch` says which batch's turn it is."""
+        self.turn = 0
+        """Then the number of that batch."""
         self._live: WeakSet[Lookups] = WeakSet()
         self._training = False
         self._first = first
@@ -126,25 +130,30 @@ class TieredRows(Rows):
                 if going_on:
                     store.finish()
                 store.load()
-            except InputError:
+            except BaseException:
                 self.give_up()
                 raise
 
     def _held_slots(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         slots = np.empty(len(rows), np.int64)
-        if self._find(rows, slots):
+        turn = self.turn if self.driven else self.store.schedule.finished
+        if self._find(rows, slots, turn):
             with self.store.lock:
-                self.store.hold(np.unique(rows))
-                absent = self._find(rows, slots)
+                self.store.hold(np.unique(rows), turn)
+                absent = self._find(rows, slots, turn)
             assert not absent, "held rows are there"
         return slots
 
-    def _find(self, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> int:
+    def _find(self, rows: NDArray[np.int64], slots: NDArray[np.int64], turn: int) -> int:
         from vitalfew.embeddings import _kernels_numba as kernels
 
         residency = self.store.residency
         with KERNELS:
-            return int(kernels.find(rows, residency.where, residency.bucket, HELD, slots, num_threads()))
+            return int(
+                kernels.find(
+                    rows, residency.where, residency.bucket, HELD, residency.held, turn, slots, num_threads()
+                )
+            )  # fmt: skip
 
     def copy_of(self, rows: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the weights of the distinct rows, and for each row given its line there."""
@@ -167,6 +176,28 @@ class TieredRows(Rows):
                 parts[name][torch.from_numpy(never)] = first
         return parts
 
+    def fill(self, rows: NDArray[np.int64], columns: Mapping[str, Tensor]) -> None:
+        """Replace distinct rows, wherever they are; columns that are not given become zeros."""
+        n = len(rows)
+        parts = [columns["weight"]]
+        parts += [columns.get(name, torch.zeros((n, t.shape[1]), device="cpu")) for name, t in self.state.items()]
+        records = np.zeros((n, self.store.record.nbytes), np.uint8)
+        stats = np.zeros((n, 2), np.uint32)
+        Record([*map(array_of, parts), stats]).take(np.arange(n, dtype=np.int32), records)
+        with self.store.lock:
+            self.store.fill(rows, records)
+
+    def end_turn(self, otherwise: str) -> None:
+        """End the turn that the last update has left open; refuse where another update may come."""
+        if self.driven:
+            raise InputError(f"a loop over Prefetch is running, {otherwise}", hint="finish the loop first")
+        self.check_settled(otherwise)
+        if self.busy:
+            raise InputError(
+                f"a forward waits for its backward, {otherwise}", hint="call backward, or let go of its result"
+            )
+        self.give_up()
+
     def first(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """Return what rows begin with that were never written."""
         n = len(rows)
@@ -183,13 +214,13 @@ class TieredRows(Rows):
             values = torch.from_numpy(self._first(rows, self.weight.shape[1])).to(self.weight.dtype)
             array_of(self.weight)[slots] = array_of(values)
 
-    def give_up(self) -> int:
+    def give_up(self, rehearsal: Rehearsal | None = None) -> int:
         """End all turns: what forwards have looked up gets no update any more. Returns how many gradients waited."""
         waited = self.pending
         self.zero_grad()
         self._live.clear()
         with self.store.lock:
-            self.store.abandon()
+            self.store.abandon(rehearsal)
         return waited
 
     def _receive(self, lookups: Lookups, grad: Tensor) -> None:

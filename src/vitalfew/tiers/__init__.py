@@ -9,38 +9,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitalfew.tiers._ray import Remote
+    from vitalfew.tiers.curves import MissCurve, lru_curve
     from vitalfew.tiers.dram import Dram
     from vitalfew.tiers.file import File
     from vitalfew.tiers.lower import Lower, Opened, Traffic
-    from vitalfew.tiers.policies import LFU, LRU, Chaos, LookAhead, Policy, Static, policy_named
+    from vitalfew.tiers.policies import LFU, LRU, Belady, Chaos, LookAhead, Policy, Static, policy_named
     from vitalfew.tiers.simulate import Simulated, lower_bound, simulate
     from vitalfew.tiers.store import Moves, RowStore
 
 __all__ = [
     "LFU",
     "LRU",
+    "Belady",
     "Chaos",
     "Dram",
     "File",
     "LookAhead",
     "Lower",
+    "MissCurve",
     "Moves",
     "Opened",
     "Policy",
+    "Remote",
     "RowStore",
     "Simulated",
     "Static",
     "Traffic",
     "lower_bound",
+    "lru_curve",
     "policy_named",
     "simulate",
 ]
 
 _NAMES_IN = {
+    "_ray": ("Remote",),
+    "curves": ("MissCurve", "lru_curve"),
     "dram": ("Dram",),
     "file": ("File",),
     "lower": ("Lower", "Opened", "Traffic"),
-    "policies": ("LFU", "LRU", "Chaos", "LookAhead", "Policy", "Static", "policy_named"),
+    "policies": ("LFU", "LRU", "Belady", "Chaos", "LookAhead", "Policy", "Static", "policy_named"),
     "simulate": ("Simulated", "lower_bound", "simulate"),
     "store": ("Moves", "RowStore"),
 }

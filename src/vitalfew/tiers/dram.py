@@ -85,9 +85,11 @@ class _Ring:
 
     def write(self, ids: Ids, records: Bytes) -> Places:
         lines = len(self._ids)
-        if len(ids) > lines:
-            first = self.write(ids[:-lines], records[:-lines])
-            return np.concatenate([first, self.write(ids[-lines:], records[-lines:])])  # the first have moved on
+        if len(ids) > lines:  # those that would not stay go below at once, and the last then find all lines free
+            self._sink(np.flatnonzero(self._ids >= 0))
+            deeper = self.below.write(ids[:-lines], records[:-lines]) + np.int32(lines)
+            self._follow()
+            return np.concatenate([deeper, self.write(ids[-lines:], records[-lines:])])
         into = (self._next + np.arange(len(ids))) % lines
         self._sink(into[self._ids[into] >= 0])
         self._records[into], self._ids[into], self._homes[into] = records, ids, -1
@@ -141,6 +143,9 @@ class _Ring:
         def deeper(start: int, stop: int) -> Places:
             here, below = self._split(part := places(start, stop))
             found = np.where(here, self._homes[np.minimum(part, len(self._ids) - 1)], below)
+            for ids, moved in self._moved:  # on account of what was just copied; the owner has not asked yet
+                mine = (ids >= start) & (ids < stop)
+                found[ids[mine] - start] = moved[mine] - len(self._ids)
             return np.where(part < 0, -1, found).astype(np.int32)
 
         self.below.commit(deeper, note)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitalfew.core import InputError
 
-__all__ = ["LFU", "LRU", "Chaos", "LookAhead", "Policy", "Static", "policy_named"]
+__all__ = ["LFU", "LRU", "Belady", "Chaos", "LookAhead", "Policy", "Static", "policy_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,25 @@ class LookAhead(Policy):
 
 
 @dataclass(frozen=True, slots=True)
+class Belady(Policy):
+    """As `LookAhead` with the whole pass in view: no rule moves fewer rows.
+
+    A `Prefetch` reads its loader once beforehand, which must then give the same batches again.
+
+    Attributes
+    ----------
+    decay_every
+        As in `LFU`, for what is kept from one pass to the next.
+    """
+
+    decay_every: int = 1000
+
+    name: ClassVar[str] = "belady"
+    kind: ClassVar[int] = 3
+    counts_visits: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
 class Chaos(Policy):
     """Evict at random, and more than necessary. For tests: where rows lie must never change what they become.
 
@@ -127,7 +146,7 @@ def policy_named(name: str, *, hot: Sequence[int] | NDArray[np.int64] | None = N
     LookAhead(depth=50, decay_every=1000)
     """
     if name == "belady":
-        return LookAhead(depth=2**30)
+        return Belady()
     if name == "lookahead":
         return LookAhead(depth=depth)
     if name == "static":

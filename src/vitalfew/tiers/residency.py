@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vitalfew.core import InputError
-from vitalfew.tiers.policies import LFU, Chaos, LookAhead, Policy, Static
+from vitalfew.tiers.policies import LFU, Belady, Chaos, LookAhead, Policy, Static
 from vitalfew.tiers.window import NEVER
 
 __all__ = ["Residency"]
@@ -20,8 +20,8 @@ __all__ = ["Residency"]
 _LRU, _LFU, _STATIC, _AHEAD, _CHAOS = 0, 1, 2, 3, 4
 COUNTS = 256
 """Buckets of rows by how often they were used; those of rows with a known next use come after them."""
-HELD, LOADING, FREE = -1, -2, -3
-"""In place of a bucket: needed by a batch in flight, on its way, no row."""
+HELD, LOADING, FREE, LEAVING = -1, -2, -3, -4
+"""In place of a bucket: needed by a batch in flight, on its way in, no row, on its way out."""
 
 
 @njit(inline="always")
@@ -177,7 +177,7 @@ def _finish(
                 use -= 1
                 continue
         _unlink(slot, bucket, before, after, heads, tails)
-        bucket[slot] = HELD
+        bucket[slot] = LEAVING
         out[evicted] = slot
         evicted += 1
         retained -= 1
@@ -238,7 +238,7 @@ class Residency:
         self.bucket = np.full(num_slots, FREE, np.int32)
         self._before = np.empty(num_slots, np.int32)
         self._after = np.empty(num_slots, np.int32)
-        buckets = COUNTS + (ring if isinstance(policy, LookAhead) else 1)
+        buckets = COUNTS + (ring if isinstance(policy, LookAhead | Belady) else 1)
         self._heads = np.full(buckets, -1, np.int32)
         self._tails = np.full(buckets, -1, np.int32)
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int32)
@@ -266,6 +266,10 @@ class Residency:
     def num_held(self) -> int:
         """Rows that batches in flight need."""
         return self.num_slots - self.num_free - self.retained
+
+    def all_held(self) -> NDArray[np.int32]:
+        """Return the slots whose rows batches in flight need."""
+        return np.flatnonzero(self.bucket == HELD).astype(np.int32)
 
     def short(self, ids: NDArray[Any]) -> int | None:
         """Return how many rows must leave before these distinct rows have room; None where that cannot be."""
@@ -329,7 +333,7 @@ class Residency:
             self._hot, seed, self.retained, room, out,
         )  # fmt: skip
         self.retained = int(retained)
-        if decays and isinstance(self.policy, LFU | LookAhead) and (batch + 1) % self.policy.decay_every == 0:
+        if decays and isinstance(self.policy, LFU | LookAhead | Belady) and (batch + 1) % self.policy.decay_every == 0:
             _decay(self._visits, *self._lists)
         return out[:evicted]
 
@@ -341,8 +345,16 @@ class Residency:
         self._free[self.num_free : self.num_free + len(slots)] = slots
         self.num_free += len(slots)
 
-    def forget(self) -> None:
-        """Forget the next uses of all rows, and the numbers of the batches that held them."""
+    def forget(self, ring: int | None = None) -> None:
+        """Forget the next uses of all rows, and the numbers of the batches that held them.
+
+        With `ring`, tell apart the next uses in so many batches from now on.
+        """
         self.held[:] = -1
-        if isinstance(self.policy, LookAhead):
+        if isinstance(self.policy, LookAhead | Belady):
             _forget(self.row, self._visits, *self._lists)
+            if ring is not None:
+                more = np.full(ring, -1, np.int32)
+                self._heads = np.concatenate([self._heads[:COUNTS], more])
+                self._tails = np.concatenate([self._tails[:COUNTS], more])
+                self._lists = (self.bucket, self._before, self._after, self._heads, self._tails)

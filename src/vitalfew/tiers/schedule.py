@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vitalfew.core import InputError
 from vitalfew.tiers.policies import LookAhead, Policy
+from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import Residency
 from vitalfew.tiers.window import NEVER, Window
 
@@ -18,6 +19,7 @@ __all__ = ["Fetch", "Schedule"]
 
 
 Leave = Callable[[NDArray[np.int32]], None]
+_NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,10 @@ class Schedule:
         self.residency = Residency(num_rows, num_slots, policy, ring=self.depth + 2)
         self.window = Window(entries)
         self._looks = isinstance(policy, LookAhead)
+        self.rehearsal: Rehearsal | None = None
+        self._uses: list[NDArray[np.int32]] = []
         self._slots: list[NDArray[np.int32]] = []
+        self._kept = _NO_SLOTS
         self.loaded = 0
         self.finished = 0
 
@@ -81,6 +86,8 @@ class Schedule:
         batch = self.window.entered
         if not self.window.enter(ids):
             return False
+        if self.rehearsal is not None:
+            self._uses.append(self.rehearsal.uses(batch, self.window.rows(batch)))
         if self._looks:
             self.residency.foresee(self.window.rows(batch), batch)
         return True
@@ -96,19 +103,27 @@ class Schedule:
         rows = self.window.rows(n)
         short = self.residency.short(rows)
         if short is None:
-            if n == self.finished and self.residency.num_held == 0:
+            if n == self.finished and len(self._kept):
+                raise InputError(
+                    f"gradients wait for a step, and the {len(self._kept):,} rows of theirs leave no room for the "
+                    f"{len(rows):,} of batch {n}: the memory holds {self.residency.num_slots:,}",
+                    hint="step more often, give more memory, or use smaller batches",
+                )
+            if n == self.finished:
                 raise InputError(
                     f"batch {n} needs {len(rows):,} rows at a time, and the memory holds {self.residency.num_slots:,}",
                     hint="give more memory, or use smaller batches",
                 )
             return None
         found = self._bring(rows, n, short, leave)
-        self._slots.append(found.slots)
+        self._slots.append(np.concatenate([found.slots, self._kept]) if len(self._kept) else found.slots)
+        self._kept = _NO_SLOTS
         self.loaded += 1
         return found
 
-    def hold(self, ids: NDArray[Any], leave: Leave) -> Fetch:
-        """Hold more rows, without repeats, for the batch whose turn it is; as `load`."""
+    def hold(self, ids: NDArray[Any], leave: Leave, turn: int | None = None) -> Fetch:
+        """Hold more rows, without repeats, for a loaded batch, by default the one whose turn it is; as `load`."""
+        turn = self.finished if turn is None else turn
         short = self.residency.short(ids)
         if short is None:
             raise InputError(
@@ -116,39 +131,61 @@ class Schedule:
                 f"{self.residency.num_slots:,} in all",
                 hint="give more memory, use smaller batches, or evaluate under torch.no_grad()",
             )
-        found = self._bring(ids, self.finished, short, leave)
-        self._slots[0] = np.concatenate([self._slots[0], found.slots])
+        found = self._bring(ids, turn, short, leave)
+        at = turn - self.finished
+        self._slots[at] = np.concatenate([self._slots[at], found.slots])
         return found
 
     def _bring(self, rows: NDArray[Any], batch: int, short: int, leave: Leave) -> Fetch:
         residency = self.residency
+        last_known = self._last_known()
         slots = residency.hold(rows, batch)
         if short:
-            none = np.empty(0, np.int32)
-            leave(
-                residency.finish(none, none, batch, self.window.entered - 1, residency.retained - short, decays=False)
-            )
+            none = _NO_SLOTS
+            leave(residency.finish(none, none, batch, last_known, residency.retained - short, decays=False))
         return Fetch(slots, *residency.admit(rows, batch, slots))
+
+    def _last_known(self) -> int:
+        return (self.window.entered if self.rehearsal is None else len(self.rehearsal)) - 1
 
     def finish(self, *, keep: bool = False) -> NDArray[np.int32]:
         """End the turn of a batch; returns the slots to be left, see `Residency.finish`.
 
-        With `keep` its rows go on to be held, by the turn that follows and must be loaded already.
+        With `keep` its rows go on to be held, by the turn that follows.
         """
         m, residency = self.finished, self.residency
         slots, uses = self._slots.pop(0), self.window.leave()
+        last_known = self._last_known()
+        if self.rehearsal is not None:
+            uses = self._uses.pop(0)
         if len(uses) < len(slots):  # rows held beside those of the batch
             uses = np.concatenate([uses, np.full(len(slots) - len(uses), NEVER, np.int32)])
         self.finished += 1
         if keep:
             residency.held[slots] = np.maximum(residency.held[slots], m + 1)
-            self._slots[0] = np.concatenate([self._slots[0], slots])
+            if self._slots:
+                self._slots[0] = np.concatenate([self._slots[0], slots])
+            else:
+                self._kept = slots
         room = residency.num_slots if self.capacity is None else self.capacity
-        return residency.finish(slots, uses, m, self.window.entered - 1, room)
+        return residency.finish(slots, uses, m, last_known, room)
 
-    def forget(self) -> None:
-        """Empty the window, and count its batches from 0 again."""
+    def forget(self, rehearsal: Rehearsal | None = None) -> NDArray[np.int32]:
+        """Empty the window, and count its batches from 0 again; maybe with a pass that is known beforehand.
+
+        Returns slots to be left, as `finish`.
+        """
         assert self.loaded == self.finished, "a batch is in flight"
-        self.residency.forget()
+        # Rows kept for a turn that never came, and those of a batch whose loading has failed.
+        held = self.residency.all_held()
+        self.residency.held[held] = -1
+        room = self.residency.num_slots if self.capacity is None else self.capacity
+        never = np.full(len(held), NEVER, np.int32)
+        gone = self.residency.finish(held, never, 0, self._last_known(), room, decays=False)
+        self._kept = _NO_SLOTS
+        self.rehearsal = rehearsal
+        self._uses = []
+        self.residency.forget(None if rehearsal is None else len(rehearsal) + 1)
         self.window = Window(self.window.size)
         self.loaded = self.finished = 0
+        return gone

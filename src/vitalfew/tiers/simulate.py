@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitalfew.core import InputError
-from vitalfew.tiers.policies import LookAhead, Policy
+from vitalfew.tiers.policies import Belady, LookAhead, Policy
 from vitalfew.tiers.schedule import Schedule
 
 __all__ = ["Simulated", "lower_bound", "simulate"]
@@ -100,6 +100,8 @@ def simulate(
     batches = len(edges) - 1
     sizes = np.diff(edges)
     largest = int(sizes.max(initial=1))
+    if isinstance(policy, Belady):
+        policy = LookAhead(depth=2**30, decay_every=policy.decay_every)
     depth = min(policy.depth, batches) if isinstance(policy, LookAhead) else 0
     span = max(depth, ahead) + 2
     entries = int(np.convolve(sizes, np.ones(span, np.int64))[: batches + span].max(initial=1))
@@ -147,4 +149,4 @@ def lower_bound(ids: ArrayLike, offsets: ArrayLike, capacity: int) -> int:
     >>> lower_bound([1, 2, 3, 1, 4, 1], [0, 1, 2, 3, 4, 5, 6], 1)
     4
     """
-    return simulate(ids, offsets, LookAhead(depth=2**30), capacity).misses
+    return simulate(ids, offsets, Belady(), capacity).misses

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitalfew.tiers.dram import Nowhere
 from vitalfew.tiers.lower import Ids, Lower, Places
 from vitalfew.tiers.record import Record
+from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import FREE
 from vitalfew.tiers.schedule import Fetch, Schedule
+from vitalfew.tiers.window import NEVER
 
 __all__ = ["Moves", "RowStore"]
 
@@ -106,24 +109,27 @@ class RowStore:
             self._fetch(found)
         return found is not None
 
-    def hold(self, ids: Ids) -> None:
+    def hold(self, ids: Ids, turn: int | None = None) -> None:
         """Bring in rows, without repeats, for the batch whose turn it is, beside those it came with."""
         self._settle()
-        self._fetch(self.schedule.hold(ids, self._leave))
+        self._fetch(self.schedule.hold(ids, self._leave, turn))
 
     def finish(self, *, keep: bool = False) -> None:
         """End the turn of a batch; with `keep` its rows stay for the next turn, whose update they wait for."""
         self._settle()
         self._leave(self.schedule.finish(keep=keep))
 
-    def abandon(self) -> None:
-        """Give up all turns: rows stay where they are, and none is needed any longer. Nothing is read or written."""
+    def abandon(self, rehearsal: Rehearsal | None = None) -> None:
+        """Give up all turns: rows stay where they are, and none is needed any longer. Nothing is read or written.
+
+        `rehearsal` tells what the turns to come need, where that is known.
+        """
         while self._arriving:
             _, places, slots = self._arriving.pop()
             self.residency.vacate(slots, places)
         while self.schedule.loaded > self.schedule.finished:
             self._leaving = np.concatenate([self._leaving, self.schedule.finish()])
-        self.schedule.forget()
+        self._leaving = np.concatenate([self._leaving, self.schedule.forget(rehearsal)])
 
     # -- reading beside the turns
 
@@ -143,6 +149,45 @@ class RowStore:
         never: NDArray[np.bool_] = where == -1
         return never
 
+    # -- writing beside the turns
+
+    def fill(self, ids: Ids, records: NDArray[np.uint8]) -> None:
+        """Replace rows, without repeats, while no batch is in flight. Those in slots stay there, the others go below.
+
+        If the tier below fails, some rows that were there may count as never written.
+        """
+        assert self.schedule.loaded == self.schedule.finished, "a batch is in flight"
+        self._settle()
+        if isinstance(self.lower, Nowhere):
+            self._place(ids)
+        for start in range(0, len(ids), self._lines):
+            some, lines = ids[start : start + self._lines], records[start : start + self._lines]
+            slots = self.residency.where[some]
+            here = slots >= 0
+            self.record.put(slots[here], lines[here])
+            self.dirty[slots[here]] = 1
+            if not here.all():
+                self._replace(some[~here], lines[~here])
+
+    def _replace(self, ids: Ids, records: NDArray[np.uint8]) -> None:
+        """Put rows below, in place of what was there."""
+        # Looked up for each chunk: the tier below may have moved them while it took the one before.
+        where = self.residency.where
+        former = -2 - where[ids]
+        self.lower.release(former[former >= 0])
+        where[ids] = -1
+        where[ids] = -2 - self.lower.write(ids, records)
+        self._follow()
+
+    def _place(self, ids: Ids) -> None:
+        """Give slots to rows that have none, where all rows have room."""
+        residency = self.residency
+        slots = residency.hold(ids, -1)
+        residency.arrived(residency.admit(ids, -1, slots)[2])
+        self._home[slots] = -1
+        never = np.full(len(slots), NEVER, np.int32)
+        self._leave(residency.finish(slots, never, -1, -1, residency.num_slots, decays=False))
+
     # -- durability
 
     def commit(self, note: Mapping[str, Any]) -> int:
@@ -159,8 +204,10 @@ class RowStore:
                 np.int32
             )
 
-        self.lower.commit(places, note)
-        self._follow()
+        try:
+            self.lower.commit(places, note)
+        finally:
+            self._follow()
         return len(changed)
 
     def close(self) -> None:
@@ -224,9 +271,11 @@ class RowStore:
         self._home[slots] = -1
         records = self._buffer[: len(slots)]
         self.record.take(slots, records)
-        self._home[slots] = self.lower.write(self.residency.row[slots].astype(np.int64), records)
-        self.dirty[slots] = 0
-        self._follow()
+        try:
+            self._home[slots] = self.lower.write(self.residency.row[slots].astype(np.int64), records)
+            self.dirty[slots] = 0
+        finally:
+            self._follow()
 
     def _follow(self) -> None:
         """Note the new places of rows that the tier below has moved on its own."""
