@@ -141,9 +141,66 @@ def end_to_end_table(body: Mapping[str, Any]) -> str:
     )
 
 
+_ARMS = {
+    "memory": "all in memory",
+    "belady": "tenth in memory, `Belady()`",
+    "lookahead": "tenth in memory, `LookAhead()`",
+    "lru": "tenth in memory, LRU on demand",
+    "lru_next": "tenth in memory, LRU, next batch prefetched",
+    "memmap": "memory map, PyTorch",
+}
+
+
+def dram_budget_table(body: Mapping[str, Any]) -> str:
+    """Return the table of steps with a tenth of the rows in memory, one row per arm."""
+
+    def cell(figures: Mapping[str, float], name: str, form: str) -> str:
+        return form.format(figures[name]) if name in figures else "-"
+
+    rows = [
+        f"| {_ARMS[name]} | {f['mean step ms']:.0f} ms | {cell(f, '/ memory', '{:.2f}x')} "
+        f"| {cell(f, 'missed rows per step', '{:,.0f}')} | {cell(f, 'rows read / lower bound', '{:.3f}')} |"
+        for name, f in body["arms"].items()
+    ]
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}; synthetic ids over {body['rows']:,} rows of 64 floats on disk, "
+            f"a DLRM, batches of 2,048, {amount(body['budget_bytes'], 'B')} for everything.",
+            "",
+            "| rows | step (mean) | times all in memory | rows fetched per step | rows read, times the lower bound |",
+            "| --- | --: | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
+def lookahead_table(body: Mapping[str, Any]) -> str:
+    """Return the table of rows moved on real logs, relative to the least possible."""
+    names = list(body["results"][0]["moved / bound"])
+    rows = [
+        f"| {r['log']}, {r['share']:.0%} | {r['miss ratio']:.2f} | "
+        + " | ".join(f"{r['moved / bound'][name]:.2f}" for name in names)
+        + " |"
+        for r in body["results"]
+    ]
+    return "\n".join(
+        (
+            "Counted on real logs (`criteo-like` is synthetic), batches of 512; rows moved, times the least possible.",
+            "",
+            f"| log, rows kept | least miss ratio | {' | '.join(names)} |",
+            f"| --- | --: |{' --: |' * len(names)}",
+            *rows,
+            "",
+        )
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "optimizer": optimizer_table,
     "end_to_end": end_to_end_table,
+    "dram_budget": dram_budget_table,
+    "lookahead": lookahead_table,
 }
 
 

@@ -19,4 +19,20 @@ METHODS: list[dict[str, str]] = [
         "after": "Gupta et al. 2015 (stochastic rounding)",
         "card": "docs/methods/half-width-rows.md",
     },
+    {
+        "job": "embeddings",
+        "method": "rows over tiers",
+        "does": "keeps tables on a disk and the rows that are needed soon in a hard budget of memory, to the same bits",
+        "use": "vitalfew train --memory 2GiB --store FOLDER; TieredEmbeddings",
+        "after": "the store under FAE, Hotline, Slipstream and Bagpipe; ours",
+        "card": "docs/methods/rows-over-tiers.md",
+    },
+    {
+        "job": "embeddings",
+        "method": "look-ahead",
+        "does": "reads ahead of the loop, brings rows in before their turn, and keeps those needed soonest",
+        "use": "vitalfew look --budget 10% --policies lookahead; Prefetch",
+        "after": "Bagpipe (Agarwal et al. 2023); Belady 1966",
+        "card": "docs/methods/look-ahead.md",
+    },
 ]

@@ -162,10 +162,13 @@ def gather(weight: Any, storage: Any, ids: Any, base: Any, rows: Any, out: Any, 
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def find(rows: Any, where: Any, bucket: Any, held: Any, slots: Any, threads: Any) -> Any:
+def find(
+    rows: Any, where: Any, bucket: Any, held: Any, last: Any, turn: Any, slots: Any, threads: Any
+) -> Any:  # fmt: skip
     """Write the slot of each row, as the directory `where` tells; returns how many are not there for good.
 
-    A row is there for good while its bucket says that a batch in flight holds it.
+    A row is there for good while its bucket says that it is held, and `last` that the batch of this turn or a later
+    one holds it.
     """
     absent = np.zeros(threads, np.int64)
     n = len(rows)
@@ -173,7 +176,7 @@ def find(rows: Any, where: Any, bucket: Any, held: Any, slots: Any, threads: Any
         for i in range(n * t // threads, n * (t + 1) // threads):
             slot = np.int64(where[rows[i]])
             slots[i] = slot
-            if slot < 0 or bucket[slot] != held:
+            if slot < 0 or bucket[slot] != held or last[slot] < turn:
                 absent[t] += 1
     return absent.sum()
 

@@ -15,7 +15,8 @@ __all__ = ["Room", "room_for"]
 
 _WINDOW_SHARE = 1 / 8
 """Of the memory, for the batches that are known beforehand: half for the ring of their rows, half for themselves."""
-_FEWEST_ENTRIES = 1024
+_FEWEST_ENTRIES = 1536
+_MANY_ENTRIES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Room:
 
 def _parts(num_rows: int, slots: int, record_bytes: int, below_bytes: int, policy: Policy, entries: int) -> int:
     return (
-        Residency.bytes_for(num_rows, slots, policy)
+        Residency.bytes_for(num_rows, slots, policy, ring=entries + 2)  # no more batches than entries
         + RowStore.bytes_for(slots)
         + slots * record_bytes
         + Window.bytes_for(entries)
@@ -69,19 +70,16 @@ def room_for(memory: Dram, num_rows: int, record_bytes: int, below_bytes: int, p
         return Room(slots, entries, queue, parts + queue)
     total = int(budget.value)
     share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
-    entries = max(_FEWEST_ENTRIES, 1 << max(int(total * share / 2) // 32, 1).bit_length() - 1)
-    while entries > _FEWEST_ENTRIES and Window.bytes_for(entries) > total * share / 2:
-        entries //= 2
-    if Window.bytes_for(entries * 3 // 2) <= total * share / 2:
-        entries = entries * 3 // 2
+    per_slot = record_bytes + 29
+    # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
+    entries = Window.entries_for(max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20))
     queue = int(total * share / 2)
     fixed = _parts(num_rows, 0, record_bytes, below_bytes, policy, entries) + queue
-    per_slot = record_bytes + 29
     slots = min((total - fixed) // per_slot, num_rows)
     if slots < 1:
-        least = fixed - queue - Window.bytes_for(entries) + Window.bytes_for(_FEWEST_ENTRIES) + 1024 * per_slot
+        least = _parts(num_rows, 0, record_bytes, below_bytes, policy, _FEWEST_ENTRIES) + _FEWEST_ENTRIES * per_slot
         raise InputError(
             f"{total:,} bytes of memory hold no row: directory and buffers of {num_rows:,} rows take {fixed:,}",
-            hint=f"give at least {least * 8 // 7:,} bytes, or hash the ids into fewer rows",
+            hint=f"give at least {least * 4 // 3:,} bytes, or hash the ids into fewer rows",
         )
     return Room(slots, entries, queue, fixed + slots * per_slot)

@@ -235,16 +235,21 @@ class Rows:
     def bags(self, layout: Layout, ids: Tensor, offsets: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
         """Return the pooled bags, float32, shape (bags, dim); bag b belongs to feature ``b % F``."""
         train = self.trainable and torch.is_grad_enabled()
-        if train and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if train:
+            self._check_workers()
+        return _Bags.apply(  # type: ignore[no-any-return,no-untyped-call]
+            torch.ones((), device="cpu", requires_grad=train), scales, self, layout, ids, offsets
+        )
+
+    def _check_workers(self) -> None:
+        """Refuse to train where other processes would not see it."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
             if world > 1:
                 raise InputError(
                     f"these rows are updated in place and {world} processes would each change their own copy",
-                    hint="train in one process, or freeze the rows with trainable = False",
+                    hint="train in one process, use ShardedEmbeddings, or freeze the rows with trainable = False",
                 )
-        return _Bags.apply(  # type: ignore[no-any-return,no-untyped-call]
-            torch.ones((), device="cpu", requires_grad=train), scales, self, layout, ids, offsets
-        )
 
     def _pool(
         self, layout: Layout, ids: Tensor, offsets: Tensor | None, scales: Tensor | None
@@ -331,6 +336,15 @@ class Rows:
     def zero_grad(self) -> None:
         """Drop what waits."""
         self._waiting = _Waiting()
+
+    def check_settled(self, otherwise: str) -> None:
+        """Refuse to go on while gradients wait."""
+        if self.pending:
+            raise InputError(f"gradients wait for a step, {otherwise}", hint="call step() first, or zero_grad()")
+
+    def end_turn(self, otherwise: str) -> None:
+        """Make sure that all rows may change at once."""
+        self.check_settled(otherwise)
 
     def scale_grad(self, factor: float) -> None:
         """Multiply what waits, such as by the clipping factor or by one over the loss scale."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,18 +176,46 @@ class EmbeddingBags(nn.Module):
         InputError
             For an id outside its table, naming feature, sample and id; nothing has changed then.
         """
+        self.check_shape(ids, offsets)
+        flat = self.rows.bags(self.layout, ids, offsets, weights)
+        return flat.reshape(-1, len(self.features), self.dim)
+
+    def check_shape(self, ids: Tensor, offsets: Tensor | None) -> None:
+        """Refuse ids without offsets that are not one per sample and feature."""
         if offsets is None and (ids.dim() != 2 or ids.shape[1] != len(self.features)):
             raise InputError(
                 f"expected ids of shape (samples, {len(self.features)}), got {tuple(ids.shape)}",
                 hint="one column per feature, or a flat tensor with offsets",
             )
-        flat = self.rows.bags(self.layout, ids, offsets, weights)
-        return flat.reshape(-1, len(self.features), self.dim)
 
     def rows_of(self, table: str) -> Tensor:
         """Return the weights of one table, a view of shape (num_rows, dim)."""
         span = self.span_of(table)
         return self.rows.weight[span.start : span.stop]
+
+    def columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return weights and optimizer state of the rows from `start` to `stop`, numbered over all tables."""
+        return {name: t[start:stop] for name, t in {"weight": self.rows.weight, **self.rows.state}.items()}
+
+    def fill(self, start: int, columns: Mapping[str, Tensor]) -> None:
+        """Replace the rows from `start` on; state that is not given becomes zeros, as in rows that begin."""
+        for name, mine in self.columns(start, start + len(columns["weight"])).items():
+            if name in columns:
+                mine.copy_(columns[name])
+            else:
+                mine.zero_()
+
+    def save(self, folder: str | os.PathLike[str], **settings: Any) -> None:
+        """Write all rows to a folder as safetensors; see `save_rows`."""
+        from vitalfew.embeddings.saving import save_rows
+
+        save_rows(self, folder, **settings)
+
+    def load(self, folder: str | os.PathLike[str], **settings: Any) -> None:
+        """Take all rows from a folder that `save` has made, of tables of any kind; see `load_rows`."""
+        from vitalfew.embeddings.saving import load_rows
+
+        load_rows(folder, self, **settings)
 
     @property
     def counts(self) -> Counts:

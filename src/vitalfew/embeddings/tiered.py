@@ -31,6 +31,10 @@ class _Tier(Protocol):
     def open(self, num_rows: int, record_bytes: int, *, resume: bool = False) -> Opened: ...
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class TieredEmbeddings(EmbeddingBags):
     """As `EmbeddingBags`, with rows spread over tiers: what the coming batches need is in memory, the rest below.
 
@@ -124,11 +128,11 @@ class TieredEmbeddings(EmbeddingBags):
                     hint='add a tier below: tiers=[Dram("2 GiB"), File("rows/")]',
                 )
             if below.note is not None:
-                first, optimizer = self._accept(below.note, optimizer, first)
+                first, optimizer = self._accept(below.note, optimizer, first, dtype)
             rows = TieredRows(self.room.slots, self.dim, optimizer, dtype=dtype, update=update, seed=seed, first=first)
             depth = self.policy.depth if isinstance(self.policy, LookAhead) else 0
             schedule = Schedule(
-                self.num_rows, self.room.slots, self.policy, ahead=self._ahead, depth=min(depth, 2**20),
+                self.num_rows, self.room.slots, self.policy, ahead=self._ahead, depth=min(depth, self.room.entries),
                 entries=self.room.entries,
             )  # fmt: skip
             rows.attach(RowStore(schedule, rows.record(), below.tier, rows.begin, below.places))
@@ -154,11 +158,18 @@ class TieredEmbeddings(EmbeddingBags):
             below = tier.open(self.num_rows, record_bytes, below)
         return below
 
-    def _accept(self, note: dict[str, Any], optimizer: Optimizer, first: FirstRows) -> tuple[FirstRows, Optimizer]:
+    def _accept(
+        self, note: dict[str, Any], optimizer: Optimizer, first: FirstRows, dtype: torch.dtype
+    ) -> tuple[FirstRows, Optimizer]:
         """Take over what the last commit said, if it is about these tables."""
         mine = [[t.name, t.num_rows] for t in self.tables]
         if note["tables"] != mine:
             raise InputError(f"the store holds the tables {note['tables']}, not {mine}", hint="use its tables")
+        if [note["dim"], note["dtype"]] != (asked := [self.dim, _name_of(dtype)]):
+            raise InputError(
+                f"the store holds rows of {note['dim']} {note['dtype']}, not {asked[0]} {asked[1]}",
+                hint="use its width and dtype",
+            )
         if note["optimizer"]["name"] != optimizer.name:
             raise InputError(
                 f"the store was trained by {note['optimizer']['name']}, not {optimizer.name}",
@@ -194,6 +205,10 @@ class TieredEmbeddings(EmbeddingBags):
         """Return weights and optimizer state of the rows from `start` to `stop`, numbered over all tables."""
         return self.rows.columns(np.arange(start, stop))
 
+    def fill(self, start: int, columns: Mapping[str, Tensor]) -> None:
+        """Replace the rows from `start` on, wherever they are; state that is not given becomes zeros."""
+        self.rows.fill(np.arange(start, start + len(columns["weight"])), columns)
+
     # -- durability
 
     def commit(self, note: Mapping[str, Any] | None = None) -> int:
@@ -210,6 +225,8 @@ class TieredEmbeddings(EmbeddingBags):
             raise InputError("gradients wait for a step, a commit would lose them", hint="call step() first")
         body = {
             "tables": [[t.name, t.num_rows] for t in self.tables],
+            "dim": self.dim,
+            "dtype": _name_of(self.rows.weight.dtype),
             "optimizer": self.rows.optimizer.to_dict(),
             "steps": self.rows.counts.steps,
             "seed": self.rows.seed,

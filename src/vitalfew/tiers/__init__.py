@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vitalfew.tiers.file import File
     from vitalfew.tiers.lower import Lower, Opened, Traffic
     from vitalfew.tiers.policies import LFU, LRU, Belady, Chaos, LookAhead, Policy, Static, policy_named
-    from vitalfew.tiers.simulate import Simulated, lower_bound, simulate
+    from vitalfew.tiers.simulation import Simulated, lower_bound, simulate
     from vitalfew.tiers.store import Moves, RowStore
 
 __all__ = [
@@ -49,7 +49,7 @@ _NAMES_IN = {
     "file": ("File",),
     "lower": ("Lower", "Opened", "Traffic"),
     "policies": ("LFU", "LRU", "Belady", "Chaos", "LookAhead", "Policy", "Static", "policy_named"),
-    "simulate": ("Simulated", "lower_bound", "simulate"),
+    "simulation": ("Simulated", "lower_bound", "simulate"),
     "store": ("Moves", "RowStore"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}

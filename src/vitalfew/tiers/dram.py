@@ -132,6 +132,7 @@ class _Ring:
         self.below.release(np.concatenate([deeper[~here], homes[homes >= 0]]))
 
     def moved(self) -> tuple[Ids, Places] | None:
+        self._follow()
         if not self._moved:
             return None
         parts, self._moved = self._moved, []

@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vitalfew.core import InputError
-from vitalfew.tiers.window import NEVER, Window
+from vitalfew.tiers.window import NEVER, distinct
 
 __all__ = ["Rehearsal"]
 
@@ -72,7 +72,7 @@ class Rehearsal:
         self._ends, self._digests = [0], list[int]()
         with tempfile.TemporaryFile(dir=folder) as rows_file:
             for ids in batches:
-                rows = _distinct(ids)
+                rows = distinct(ids)
                 rows_file.write(rows.tobytes())
                 self._ends.append(self._ends[-1] + len(rows))
                 self._digests.append(int(_digest(rows)))
@@ -130,8 +130,3 @@ class Rehearsal:
         """Give the file back."""
         self._file.close()
 
-
-def _distinct(ids: NDArray[np.int64]) -> NDArray[np.int32]:
-    window = Window(max(len(ids), 1))
-    window.enter(ids)
-    return window.rows(0)

@@ -253,9 +253,10 @@ class Residency:
         self._lists = (self.bucket, self._before, self._after, self._heads, self._tails)
 
     @staticmethod
-    def bytes_for(num_rows: int, num_slots: int, policy: Policy) -> int:
-        """Return the bytes this takes: 4 per row, 24 per slot, and one per row where visits are counted."""
-        return num_rows * (4 + (policy.counts_visits or isinstance(policy, Static))) + 24 * num_slots
+    def bytes_for(num_rows: int, num_slots: int, policy: Policy, ring: int = 1) -> int:
+        """Return the bytes this takes: 4 per row, 24 per slot, 8 per bucket, one per row where visits are counted."""
+        buckets = COUNTS + (ring if isinstance(policy, LookAhead) else 1)
+        return num_rows * (4 + (policy.counts_visits or isinstance(policy, Static))) + 24 * num_slots + 8 * buckets
 
     @property
     def num_slots(self) -> int:

@@ -13,7 +13,7 @@ from vitalfew.core import InputError
 from vitalfew.tiers.policies import LookAhead, Policy
 from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import Residency
-from vitalfew.tiers.window import NEVER, Window
+from vitalfew.tiers.window import NEVER, Window, distinct
 
 __all__ = ["Fetch", "Schedule"]
 
@@ -84,7 +84,7 @@ class Schedule:
     def enter(self, ids: NDArray[np.int64]) -> bool:
         """Take the ids of the next batch into the window; False where the ring is full for now."""
         batch = self.window.entered
-        if not self.window.enter(ids):
+        if not (self.window.enter(ids) or self.window.enter(distinct(ids))):
             return False
         if self.rehearsal is not None:
             self._uses.append(self.rehearsal.uses(batch, self.window.rows(batch)))
@@ -116,8 +116,10 @@ class Schedule:
                 )
             return None
         found = self._bring(rows, n, short, leave)
-        self._slots.append(np.concatenate([found.slots, self._kept]) if len(self._kept) else found.slots)
-        self._kept = _NO_SLOTS
+        self._slots.append(found.slots)
+        if len(self._kept):
+            self._slots[0] = np.concatenate([found.slots, np.setdiff1d(self._kept, found.slots)])
+            self._kept = _NO_SLOTS
         self.loaded += 1
         return found
 
@@ -162,11 +164,12 @@ class Schedule:
             uses = np.concatenate([uses, np.full(len(slots) - len(uses), NEVER, np.int32)])
         self.finished += 1
         if keep:
-            residency.held[slots] = np.maximum(residency.held[slots], m + 1)
+            kept = np.unique(slots[residency.held[slots] <= m])  # the others belong to a later batch as well
+            residency.held[kept] = m + 1
             if self._slots:
-                self._slots[0] = np.concatenate([self._slots[0], slots])
+                self._slots[0] = np.concatenate([self._slots[0], kept])
             else:
-                self._kept = slots
+                self._kept = kept
         room = residency.num_slots if self.capacity is None else self.capacity
         return residency.finish(slots, uses, m, last_known, room)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vitalfew.core import InputError
 
-__all__ = ["NEVER", "Window"]
+__all__ = ["NEVER", "Window", "distinct"]
 
 NEVER = 2**31 - 1
 """The next use of a row that no batch of the window needs again."""
@@ -27,20 +27,21 @@ def _home(row: Any, bits: Any) -> Any:
 def _enter(ids: Any, batch: Any, end: Any, rows: Any, uses: Any, keys: Any, values: Any, bits: Any) -> Any:
     """Append the distinct ids of a batch to the ring, and tell their previous entries; returns the new end.
 
-    A negative return is minus one minus how many entries there was room for.
+    `values` has for each row the ring's line of its last entry.
     """
-    size, mask, first = len(rows), len(keys) - 1, end
+    size, mask, first = len(rows), len(keys) - 1, end % len(rows)
+    begin = end
     for id_ in ids:
         h = _home(id_, bits)
         while keys[h] >= 0 and keys[h] != id_:
             h = (h + 1) & mask
         if keys[h] < 0:
             keys[h] = id_
-        elif values[h] >= first:
+        elif (values[h] - first) % size < end - begin:
             continue
         else:
-            uses[values[h] % size] = batch
-        values[h] = end
+            uses[values[h]] = batch
+        values[h] = end % size
         rows[end % size] = id_
         uses[end % size] = NEVER
         end += 1
@@ -72,6 +73,18 @@ def _leave(first: Any, last: Any, rows: Any, uses: Any, keys: Any, values: Any, 
         keys[gap] = -1
 
 
+def _bits(entries: int) -> int:
+    """Return the logarithm of the size of an index that so many rows fill to three quarters at most."""
+    return max(-(-4 * entries // 3) - 1, 1).bit_length()
+
+
+def distinct(ids: NDArray[Any]) -> NDArray[np.int32]:
+    """Return ids without their repeats, in the order of their first occurrence."""
+    window = Window(max(len(ids), 1))
+    window.enter(ids)
+    return window.rows(0)
+
+
 class Window:
     """A ring of batches, oldest first. Numbers count the batches from 0.
 
@@ -94,18 +107,23 @@ class Window:
     def __init__(self, entries: int) -> None:
         if entries < 1:
             raise InputError(f"a window needs room for rows, got {entries}", hint="pass a positive number")
-        self._bits = max(2 * entries - 1, 1).bit_length()
+        self._bits = _bits(entries)
         self._rows = np.empty(entries, np.int32)
         self._uses = np.empty(entries, np.int32)
         self._keys = np.full(1 << self._bits, -1, np.int32)
-        self._values = np.empty(1 << self._bits, np.int64)
+        self._values = np.empty(1 << self._bits, np.int32)
         self._ends = [0]
         self._left = 0
 
     @staticmethod
     def bytes_for(entries: int) -> int:
         """Return the bytes of memory a window of that many entries takes."""
-        return 8 * entries + 12 * (1 << max(2 * entries - 1, 1).bit_length())
+        return 8 * entries + 8 * (1 << _bits(entries))
+
+    @staticmethod
+    def entries_for(nbytes: int) -> int:
+        """Return how many entries such a number of bytes suffices for; 1536 at least."""
+        return 3 << max((nbytes // 56).bit_length() - 1, 9)
 
     @property
     def size(self) -> int:
@@ -122,11 +140,9 @@ class Window:
         """How many batches have left so far: the number of the oldest inside."""
         return self._left
 
-    def enter(self, ids: NDArray[np.int64]) -> bool:
+    def enter(self, ids: NDArray[Any]) -> bool:
         """Take the next batch, repeats and all; False, and nothing changed, where the ring has no room for it."""
         end = self._ends[-1]
-        if len(ids) > len(self._rows) and len(self._ends) == 1:  # perhaps it does without its repeats
-            ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
         if len(ids) > len(self._rows) - (end - self._ends[0]):
             return False
         self._ends.append(_enter(ids, self.entered, end, self._rows, self._uses, self._keys, self._values, self._bits))

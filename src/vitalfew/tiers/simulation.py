@@ -104,7 +104,7 @@ def simulate(
         policy = LookAhead(depth=2**30, decay_every=policy.decay_every)
     depth = min(policy.depth, batches) if isinstance(policy, LookAhead) else 0
     span = max(depth, ahead) + 2
-    entries = int(np.convolve(sizes, np.ones(span, np.int64))[: batches + span].max(initial=1))
+    entries = int(np.convolve(sizes, np.ones(span, np.int64)).max(initial=1)) if batches else 1
     num_rows = int(flat.max(initial=0)) + 1
     schedule = Schedule(
         num_rows, min(capacity, num_rows) + (ahead + 2) * largest if slots is None else slots, policy,
