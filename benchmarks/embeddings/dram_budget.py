@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -38,7 +39,8 @@ from vitalfew.data.synthetic import CRITEO_KAGGLE_ROWS, CriteoLike
 from vitalfew.embeddings import DLRM, EmbeddingBags, Prefetch, RowwiseAdagrad, Table, TieredEmbeddings
 from vitalfew.embeddings.first import FirstRows
 from vitalfew.meter import machine
-from vitalfew.tiers import LRU, Belady, Dram, File, LookAhead, lower_bound
+from vitalfew.tiers import LRU, Belady, Dram, File, LookAhead, lower_bound, simulate
+from vitalfew.tiers.speed import expected_pages, measure_speed, predict_step
 
 DIM, BATCH = 64, 2048
 BOTTOM, TOP = (512, 256, DIM), (512, 256, 1)
@@ -50,14 +52,13 @@ class Stream:
 
     def __init__(self, rows: tuple[int, ...], steps: int, seed: int = 0) -> None:
         log = CriteoLike(steps * BATCH, seed=seed, cardinalities=rows)
-        parts = [log.slice(i * BATCH, BATCH) for i in range(steps)] if hasattr(log, "slice") else list(log.batches(BATCH))
         self.batches = [
             {
                 "ids": torch.from_numpy(np.ascontiguousarray(p.ids, np.int64)),
                 "dense": torch.from_numpy(np.ascontiguousarray(p.dense, np.float32)),
                 "label": torch.from_numpy(np.ascontiguousarray(p.label, np.float32)),
             }
-            for p in parts
+            for p in log.batches(BATCH)
         ]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -182,10 +183,9 @@ class Memmap:
         except OSError:
             self.limited = False
         self.seconds: list[float] = []
-        self.child = subprocess.Popen(
-            [sys.executable, __file__, "--memmap-child", "--folder", str(folder), "--steps", str(steps), "--rows", shape],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        words = [sys.executable, __file__, "--memmap-child", "--folder", str(folder)]
+        words += ["--steps", str(steps), "--rows", shape]
+        self.child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert json.loads(self.child.stdout.readline()) == "ready"
         if self.limited:  # what the process itself takes is not charged: it joins when it is up
             (self.group / "memory.limit_in_bytes").write_text(str(budget))
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1, help="share of the bytes of rows and state")
     parser.add_argument("--steps", type=int, default=120, help="measured steps per arm")
     parser.add_argument("--warm", type=int, default=500, help="steps before, to fill the memory")
+    parser.add_argument("--memmap-steps", type=int, default=12, help="measured steps of the memmap arm, which is slow")
     parser.add_argument("--turn", type=int, default=10, help="steps per turn")
     parser.add_argument("--rows", default="kaggle", help="kaggle, or a divisor of its sizes, such as 100")
     parser.add_argument("--arms", default="memory,belady,lookahead,lru,lru_next,memmap")
@@ -258,7 +259,8 @@ def main() -> None:
             )  # fmt: skip
             begin = time.perf_counter()
             fill(tables, tables.rows._first)
-            print(f"{name}: {tables.room.slots:,} rows at a time; filled in {time.perf_counter() - begin:.0f} s", flush=True)
+            took = time.perf_counter() - begin
+            print(f"{name}: {tables.room.slots:,} rows at a time; filled in {took:.0f} s", flush=True)
             assert tables.room.nbytes <= budget
             source = Prefetch(tables, stream, scratch=work) if prefetch else stream
             begin = time.perf_counter()
@@ -281,16 +283,23 @@ def main() -> None:
               for a in arms if a.name != "memory"}  # fmt: skip
     gc.collect()
     for turn in range(args.steps // args.turn):
-        for arm in [*arms, *([memmap] if memmap else [])][:: 1 if turn % 2 else -1]:
+        for arm in arms[:: 1 if turn % 2 else -1]:
             arm.turn(args.turn)
+        if memmap and len(memmap.seconds) < args.memmap_steps:
+            memmap.turn(2)
+        print(f"turn {turn}:", *(f"{a.name} {1e3 * statistics.median(a.seconds[-args.turn:]):.0f} ms" for a in arms),
+              *([f"memmap {1e3 * memmap.seconds[-1]:.0f} ms"] if memmap else []), flush=True)  # fmt: skip
     if memmap:
         memmap.close()
+    speed = measure_speed(work, record)
     by = {arm.name: arm for arm in arms}
+    name_overlaps = {"belady": True, "lookahead": True, "lru": False, "lru_next": True}
     for arm in arms:
         assert arm.losses == arms[0].losses, f"{arm.name} differs from {arms[0].name}"
     results: dict[str, dict[str, float]] = {}
-    flat = np.concatenate([b["ids"].numpy() + np.concatenate([[0], np.cumsum(rows[:-1])]) for b in stream.batches[:steps]])
-    ids, offsets = flat.reshape(-1), np.arange(steps + 1) * BATCH * len(rows)
+    starts = np.concatenate([[0], np.cumsum(rows[:-1])])
+    ids = np.concatenate([b["ids"].numpy() + starts for b in stream.batches[:steps]]).reshape(-1)
+    offsets = np.arange(steps + 1) * BATCH * len(rows)
     for arm in [*arms, *([memmap] if memmap else [])]:
         at = results[arm.name] = {
             "median step ms": 1e3 * statistics.median(arm.seconds), "mean step ms": 1e3 * statistics.mean(arm.seconds)
@@ -303,17 +312,30 @@ def main() -> None:
             at["pages read per step"] = (traffic.reads - reads) / args.steps
             at["bytes written per step"] = (traffic.bytes_written - written) / args.steps
             at["disk ms per step"] = 1e3 * (traffic.seconds - busy) / args.steps
-            bound = lower_bound(ids, offsets, arm.tables.room.slots)
-            at["rows moved / lower bound"] = (moves.missed + moves.left) / (2 * bound - arm.tables.room.slots)
+            slots, ahead = arm.tables.room.slots, arm.tables.store.schedule.ahead
+            bound = lower_bound(ids, offsets, slots)
+            at["rows moved / lower bound"] = (moves.missed + moves.left) / (2 * bound - slots)
             at["rows read / lower bound"] = moves.missed / bound
+            found = simulate(ids, offsets, arm.tables.policy, slots, ahead=ahead, slots=slots)
+            foretold = float(found.per_batch[args.warm :].mean())
+            at["foretold missed rows per step"] = foretold
+            at["foretold / missed"] = foretold / at["missed rows per step"]
+            if "memory" in by:
+                pages = expected_pages(foretold, sum(rows), speed.records_per_page)
+                written = at["left rows per step"] / speed.records_per_page * speed.page_bytes
+                computing = statistics.mean(by["memory"].seconds)
+                overlaps = name_overlaps[arm.name]
+                foretold_s = predict_step(computing, pages, written, speed, overlaps, rows_moved=foretold)
+                at["foretold step ms"] = 1e3 * foretold_s
+                at["foretold / step"] = at["foretold step ms"] / at["mean step ms"]
+            at["disk floor ms"] = 1e3 * at["pages read per step"] / speed.page_reads
     ratios = {}
     if "memory" in results:
         base = results["memory"]["median step ms"]
-        for name, at in results.items():
+        for at in results.values():
             at["/ memory"] = at["mean step ms"] / results["memory"]["mean step ms"]
             if "disk ms per step" in at:
-                at["floor / memory"] = max(base, at["disk ms per step"]) / base
-                at["serial / memory"] = (base + at["disk ms per step"]) / base
+                at["floor / memory"] = max(base, at["disk floor ms"]) / base
     for name in ("belady", "lookahead"):
         if name in results:
             ratios |= {f"{o} / {name}": results[o]["mean step ms"] / results[name]["mean step ms"]
@@ -325,7 +347,8 @@ def main() -> None:
         body = {
             "command": "python " + " ".join(sys.argv), "machine": machine(),
             "budget_bytes": budget, "rows": sum(rows), "arms": results, "ratios": ratios,
-            "rehearsal_seconds": rehearsal, "memmap_limited": bool(memmap and memmap.limited),
+            "disk": dataclasses.asdict(speed), "rehearsal_seconds": rehearsal,
+            "memmap_limited": bool(memmap and memmap.limited),
         }  # fmt: skip
         write_document(args.out, "benchmark", 1, body)
     for arm in arms:
@@ -333,7 +356,6 @@ def main() -> None:
             arm.batches.close()
         if isinstance(arm.tables, TieredEmbeddings):
             arm.tables.close()
-    del by
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -21,6 +21,7 @@ from bound import bounds
 from traces import FOLDER, TRACES
 
 from vitalfew.core.files import write_document
+from vitalfew.meter import machine
 from vitalfew.tiers import LFU, LRU, Belady, LookAhead, Policy, Static, simulate
 
 POLICIES: dict[str, Policy] = {
@@ -57,14 +58,18 @@ def main() -> None:
                 accesses += found.accesses
             speed = accesses / (time.perf_counter() - start) / 1e6
             ratio = least / found.unique
-            print(f"{name:14} {share:5.0%} {ratio:8.3f} |", *(f"{x:7.3f}" for x in line.values()), f" {speed:.0f} M ids/s")
+            cells = " ".join(f"{x:7.3f}" for x in line.values())
+            print(f"{name:14} {share:5.0%} {ratio:8.3f} | {cells}  {speed:.0f} M ids/s")
             results.append({"log": name, "share": share, "capacity": capacity, "bound": int(least), "miss ratio": ratio,
-                            "moved / bound": line, "million accesses/s": speed})  # fmt: skip
+                            "moved / bound": line, "million ids/s": speed})  # fmt: skip
             if name != "criteo-like":
                 worst = max(worst, line["look 200"])
+    if not worst:
+        sys.exit("no real log was there: nothing is shown")
     print(f"look-ahead of 200 batches moves at most {worst:.3f} times the bound on the real logs (asked: {MOST})")
     if args.out:
-        write_document(args.out, "benchmark", 1, {"command": "python " + " ".join(sys.argv), "results": results})
+        about = {"command": "python " + " ".join(sys.argv), "machine": machine()}
+        write_document(args.out, "benchmark", 1, {**about, "results": results})
     sys.exit(worst > MOST)
 
 

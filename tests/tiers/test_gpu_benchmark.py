@@ -24,9 +24,10 @@ def test_all_arms_agree_and_the_plan_that_knows_the_future_moves_least(tmp_path:
     done = run("--device", "cpu", "--tiny", "--out", str(out), *extra)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = {figure["arm"]: figure for figure in read_document(out, "benchmark", 1)["figures"]}
-    assert list(figures) == ["g0", "g1", "g2", "g3", "ours"]
+    assert list(figures) == ["g0", "g1", "g2", "g3", "plan", "ours"]
     assert all(figure["same_bits"] and figure["losses_apart"] == 0 for figure in figures.values())
-    assert 0 < figures["ours"]["bytes_in_per_step"] < figures["g3"]["bytes_in_per_step"]
+    for arm in ("plan", "ours"):
+        assert 0 < figures[arm]["bytes_in_per_step"] < figures["g3"]["bytes_in_per_step"]
 
 
 def test_a_cache_smaller_than_a_batch_is_said() -> None:
