@@ -1,15 +1,17 @@
-"""Tables larger than a GPU's budget: five places for the rows, the same training, side by side in one run.
+"""Tables larger than a GPU's budget: six ways to keep the rows, the same training, side by side in one run.
 
     g0    all rows in the GPU's memory: the upper bound
     g1    rows in main memory, pooled and updated by the CPU; bags and their gradients are copied
     g2    rows in page-locked main memory, which the GPU's kernels read and write over the bus
     g3    a share of the rows on the GPU; what a batch lacks is fetched when its turn comes, least recently used leave
-    ours  the same share; the next batch's rows travel while this one computes, the farthest next use leaves
+    plan  the same share; the next batch's rows travel while this one computes, the farthest next use leaves
+    ours  the same share; `TieredEmbeddings` over `Hbm`, read ahead by `Prefetch` under the `Belady` policy
 
 All arms train the same DLRM on the same ids, by row-wise Adagrad, from the same rows and dense weights in every round;
-rounds are interleaved, and an arm's losses and final rows must equal the first arm's. The two caches start full with
-the most popular rows, and every row that leaves is written back. Who stays is planned before the clock starts, for
-both alike, so the two differ in what they know and in whether moves overlap with the computation, and in nothing else.
+rounds are interleaved, and an arm's losses and final rows must equal the first arm's. The caches start full with the
+most popular rows. In g3 and plan who stays is planned before the clock starts, and every row that leaves is written
+back, so the two differ in what they know and in whether moves overlap with the computation, and in nothing else. In
+ours the directory and the policy run beside the training, as a user's would; its rows carry 8 bytes of statistics.
 
     python benchmarks/gpu_tiers.py --out benchmarks/results/gpu_tiers.json
     python benchmarks/gpu_tiers.py --device cpu --tiny      # the whole script in seconds, without a GPU
@@ -18,6 +20,7 @@ both alike, so the two differ in what they know and in whether moves overlap wit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -28,12 +31,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numba import njit, prange
 
 from vitalfew.core.files import write_document
-from vitalfew.embeddings import DLRM, EmbeddingBags, RowwiseAdagrad, Table
+from vitalfew.embeddings import DLRM, EmbeddingBags, Prefetch, RowwiseAdagrad, Table, TieredEmbeddings
 from vitalfew.embeddings._kernels_torch import kernels_for
 from vitalfew.meter import machine
+from vitalfew.tiers import Belady, Hbm, Opened, Traffic
 from vitalfew.tiers.hbm import HbmSlab, Move
 from vitalfew.tiers.record import Record
 
@@ -45,30 +48,10 @@ TOO_SMALL = "the caches hold fewer rows than one batch needs; raise --share or l
 # -- the rows in main memory
 
 
-@njit(parallel=True)
-def fill(weight, bound):
-    """Give every row first values, uniform within the bound: a hash of its place, since there are billions."""
-    rows, dim = weight.shape
-    for row in prange(rows):
-        for d in range(dim):
-            x = np.uint64(row * dim + d) * np.uint64(0x9E3779B97F4A7C15)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            weight[row, d] = bound * (np.float32(x >> np.uint64(40)) * np.float32(2.0**-23) - np.float32(1))
-
-
-class Bags(EmbeddingBags):
-    """The tables of arm g1, whose memory is everyone's master copy."""
-
-    def _initialise(self, generator: torch.Generator | None) -> None:
-        del generator
-        fill(self.rows.weight.numpy(), np.float32(1 / math.sqrt(self.tables[0].num_rows)))
-
-
 class Host:
     """Records read from and written to the master copy, by all cores."""
 
-    def __init__(self, bags: Bags) -> None:
+    def __init__(self, bags: EmbeddingBags) -> None:
         self.columns = [bags.rows.weight, bags.rows.narrow[0]]
         self.record = Record([column.numpy() for column in self.columns])
         self._threads = torch.get_num_threads()
@@ -342,7 +325,7 @@ class OnCpu(InHost):
 
 
 class Cached(OnDevice):
-    """g3 and ours: a slab that holds a share of the rows, and the planned moves.
+    """g3 and plan: a slab that holds a share of the rows, and the planned moves.
 
     `ahead` decides when rows travel: with the batch before, beside its computation, or when the batch needs them.
     """
@@ -410,12 +393,111 @@ class Cached(OnDevice):
         self.setup.upload(self.slab, self.setup.resident[slots], slots)
 
 
+class Master:
+    """The master copy as the tier below `Hbm`; the statistics of a row stay on the device."""
+
+    traffic = Traffic()
+    nbytes = 0
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.row = host, host.record.nbytes
+
+    def open(self, num_rows: int, record_bytes: int, *, resume: bool = False) -> Opened:
+        del resume
+        self.record_bytes = record_bytes
+        return Opened(self, np.arange(num_rows, dtype=np.int32), None)
+
+    def read(self, ids: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+        del places
+        self.host.read(ids, out[:, : self.row])
+        out[:, self.row :] = 0
+
+    def write(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
+        self.host.write(ids, records[:, : self.row])
+        return ids.astype(np.int32)
+
+    def release(self, places: np.ndarray) -> None:
+        """Do nothing: every row keeps its line."""
+
+    def moved(self) -> None:
+        """Nothing does."""
+
+    def commit(self, places: object, note: object) -> None:
+        """All rows have been written when this is called."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Ours:
+    """What a user would write."""
+
+    plan_seconds = 0.0
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        row, tables = setup.host.record.nbytes + 8, setup.host_bags.tables
+        # Rows, and the staging, which is a share of the whole up to a size.
+        rows = (len(setup.resident) + 1) * row
+        size = min(rows * 32 // 29, rows + 3 * 2**24) + 4 * row
+        self.tables = TieredEmbeddings(
+            tables, RULE, tiers=[Hbm(size, str(setup.device)), Master(setup.host)], policy=Belady()
+        )
+        if self.tables.room.slots < max(len(np.unique(gids.numpy())) for gids in setup.gids):
+            raise SystemExit(TOO_SMALL)
+        self.batches = [torch.from_numpy(ids.reshape(len(ids), -1)) for ids in setup.stream.ids]
+        self.offsets = None if setup.offsets is None or setup.stream.bag == 1 else setup.offsets.cpu()
+        self.bytes_in = self.bytes_out = 0
+
+    def begin(self) -> None:
+        """Bring in the most popular rows, the least popular first, and get ready for the first batch."""
+        rows, edges = self.setup.stream.rows, np.arange(self.setup.stream.tables + 1)
+        for part in np.array_split(self.setup.resident[::-1], 8):
+            part = np.sort(part)
+            bags = torch.from_numpy(np.searchsorted(part, edges * rows))
+            self.tables(torch.from_numpy(part % rows), bags)
+        self.tables.rows.end_turn("the loop begins")
+        ahead = Prefetch(self.tables, self.batches, ids=self._ids)
+        self._loop = iter(ahead)
+
+    def _ids(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (batch, None) if self.offsets is None else (batch.reshape(-1), self.offsets)
+
+    def forward(self, b: int) -> torch.Tensor:
+        ids, offsets = self._ids(next(self._loop))
+        if b == self.setup.warm:
+            self._before = dataclasses.replace(self.tables.moves)
+        self._out = self.tables(ids, offsets)
+        return self._out.detach().reshape(-1, self.setup.dim)
+
+    def backward(self, b: int, grad: torch.Tensor) -> None:
+        del b
+        self._out.backward(grad.reshape(self._out.shape))
+
+    def final(self) -> np.ndarray:
+        assert next(self._loop, None) is None
+        now, before, row = self.tables.moves, self._before, self.tables.store.record.nbytes
+        steps = len(self.batches) - self.setup.warm
+        self.bytes_in = (now.missed - before.missed) * row // steps
+        self.bytes_out = (now.left - now.clean - before.left + before.clean) * row // steps
+        self.tables.commit()
+        return self.setup.host.read(self.setup.touched, np.empty_like(self.setup.backup))
+
+    def restore(self) -> None:
+        statistics = np.zeros((len(self.setup.touched), 8), np.uint8)
+        self.tables.rows.end_turn("the rows are restored")
+        with self.tables.store.lock:
+            self.tables.store.fill(self.setup.touched, np.hstack([self.setup.backup, statistics]))
+            self.tables.commit()
+
+
 ARMS: dict[str, Callable[[Setup], object]] = {
     "g0": InHbm,
     "g1": OnCpu,
     "g2": Zerocopy,
     "g3": lambda setup: Cached(setup, Oldest, ahead=False),
-    "ours": lambda setup: Cached(setup, Farthest, ahead=True),
+    "plan": lambda setup: Cached(setup, Farthest, ahead=True),
+    "ours": Ours,
 }
 
 
@@ -437,7 +519,7 @@ class Setup:
         self.offsets = torch.arange(0, self.bags * args.bag + 1, args.bag, device=self.device)
         self.bag_of = None if args.bag == 1 else torch.arange(self.bags, device=self.device).repeat_interleave(args.bag)
         self.resident = self.stream.most_popular(int(args.share * rows * args.tables))
-        self.host_bags = Bags([Table(f"t{t}", rows, self.dim) for t in range(args.tables)], RULE)
+        self.host_bags = EmbeddingBags([Table(f"t{t}", rows, self.dim) for t in range(args.tables)], RULE)
         self.host = Host(self.host_bags)
         self.touched = np.unique(torch.cat(self.gids).numpy())
         self.backup = self.host.read(self.touched, np.empty((len(self.touched), self.host.record.nbytes), np.uint8))
@@ -480,7 +562,7 @@ class Given:
 
 
 def train(
-    setup: Setup, arm: OnDevice | OnCpu, wide: tuple[int, ...], tall: tuple[int, ...]
+    setup: Setup, arm: OnDevice | OnCpu | Ours, wide: tuple[int, ...], tall: tuple[int, ...]
 ) -> tuple[float, np.ndarray]:
     """Return the seconds per step after the first ones, and the loss of every step."""
     model = DLRM(

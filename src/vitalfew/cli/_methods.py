@@ -35,4 +35,12 @@ METHODS: list[dict[str, str]] = [
         "after": "Bagpipe (Agarwal et al. 2023); Belady 1966",
         "card": "docs/methods/look-ahead.md",
     },
+    {
+        "job": "embeddings",
+        "method": "rows over workers",
+        "does": "spreads rows over processes, each row with one owner; what can travel beside the computation does",
+        "use": "torchrun; ShardedEmbeddings, ShardedPrefetch",
+        "after": "Bagpipe (Agarwal et al. 2023)",
+        "card": "docs/methods/rows-over-workers.md",
+    },
 ]

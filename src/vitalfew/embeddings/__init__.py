@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from vitalfew.embeddings.metrics import BinaryMetrics, binary_metrics
     from vitalfew.embeddings.models import DLRM
     from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad, optimizer_from_dict
+    from vitalfew.embeddings.parallel import ShardedEmbeddings, sum_gradients, sync_classes
+    from vitalfew.embeddings.parallel_ahead import ShardedPrefetch
     from vitalfew.embeddings.rows import Counts, Rows
+    from vitalfew.embeddings.saving import load_rows, save_rows
     from vitalfew.embeddings.tables import EmbeddingBags, Table, clip_grad_norm
     from vitalfew.embeddings.tiered import TieredEmbeddings
     from vitalfew.embeddings.wrapping import Wrapped, wrap
@@ -27,6 +30,12 @@ _HOME = {
     "Optimizer": "optim",
     "RowwiseAdagrad": "optim",
     "optimizer_from_dict": "optim",
+    "ShardedEmbeddings": "parallel",
+    "sum_gradients": "parallel",
+    "sync_classes": "parallel",
+    "ShardedPrefetch": "parallel_ahead",
+    "load_rows": "saving",
+    "save_rows": "saving",
     "Counts": "rows",
     "Rows": "rows",
     "EmbeddingBags": "tables",
@@ -50,13 +59,19 @@ __all__ = [
     "Prefetch",
     "Rows",
     "RowwiseAdagrad",
+    "ShardedEmbeddings",
+    "ShardedPrefetch",
     "Table",
     "TieredEmbeddings",
     "TorchBags",
     "Wrapped",
     "binary_metrics",
     "clip_grad_norm",
+    "load_rows",
     "optimizer_from_dict",
+    "save_rows",
+    "sum_gradients",
+    "sync_classes",
     "wrap",
 ]
 

@@ -58,10 +58,17 @@ class DeviceRows:
         seed: int,
         names: NDArray[np.int64],
         grad_scale: float = 1.0,
+        only_if: Tensor | None = None,
     ) -> Tensor:
-        """Update every touched row once; returns how many, on the device. `names` is the row of each lookup."""
+        """Update every touched row once; returns how many, on the device. `names` is the row of each lookup.
+
+        Where `only_if` turns out to be false, on the device, the slab's last slot takes it all.
+        """
+        there, bags, scales = self._lookups(slots, bag_of, scale_of)
+        if only_if is not None:
+            there = torch.where(only_if, there, self.slab.num_slots - 1)
         touched: Tensor = self._kernels.update(
-            optimizer.kind, self.weight, self.wide, self.narrow, *self._lookups(slots, bag_of, scale_of), grad,
+            optimizer.kind, self.weight, self.wide, self.narrow, there, bags, scales, grad,
             (*optimizer.scalars(max(step, 1)), optimizer.weight_decay),
             # Rounding alone asks which row it is.
             names=None if self.weight.dtype == torch.float32 else self._there(names),

@@ -175,7 +175,8 @@ def scale_gradients(
     weight: Tensor, slots: Tensor, bag_of: Tensor | None, divisor: Tensor | None, grad: Tensor
 ) -> Tensor:
     """Return the gradient of each lookup's scale: its row times its bag's gradient, over the divisor of the bag."""
-    out = _dots(weight[slots].float(), grad if bag_of is None else grad[bag_of])
+    # Without bags there may be more lines of `grad` than lookups: those of empty bags, where there is no lookup at all.
+    out = _dots(weight[slots].float(), grad[: len(slots)] if bag_of is None else grad[bag_of])
     return out if divisor is None else out / divisor
 
 

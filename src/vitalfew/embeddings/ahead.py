@@ -65,7 +65,7 @@ class Prefetch(Generic[B]):
     ...     for batch in batches:
     ...         tables(batch["ids"]).sum().backward()
     >>> tables.moves.needed, tables.moves.missed
-    (16, 9)
+    (15, 11)
     >>> tables.close()
 
     Notes

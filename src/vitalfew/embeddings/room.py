@@ -6,17 +6,22 @@ from dataclasses import dataclass
 
 from vitalfew.core import Budget, InputError
 from vitalfew.tiers.dram import Dram
+from vitalfew.tiers.hbm import Hbm
 from vitalfew.tiers.policies import LookAhead, Policy
 from vitalfew.tiers.residency import Residency
 from vitalfew.tiers.store import RowStore
 from vitalfew.tiers.window import Window
 
-__all__ = ["Room", "room_for"]
+__all__ = ["Room", "room_for", "room_on"]
 
 _WINDOW_SHARE = 1 / 8
 """Of the memory, for the batches that are known beforehand: half for the ring of their rows, half for themselves."""
 _FEWEST_ENTRIES = 1536
 _MANY_ENTRIES = 1 << 18
+_STAGING_SHARE = 1 / 32
+"""Of a device's memory, for each of the buffers through which rows come and go."""
+_STAGING_BYTES = 16 << 20
+BUFFERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +37,17 @@ class Room:
     queue_bytes
         For batches that wait for their turn.
     nbytes
-        All of it, in bytes: slab, directory, window, queue, buffers and tables of the tier below.
+        All of it, in bytes: slab, directory, window, queue, buffers and tables of the tier below. Where the slab is
+        on a device, what is in main memory.
+    staging_rows
+        Rows that move to or from a device at a time.
     """
 
     slots: int
     entries: int
     queue_bytes: int
     nbytes: int
+    staging_rows: int = 0
 
 
 def _parts(num_rows: int, slots: int, record_bytes: int, below_bytes: int, policy: Policy, entries: int) -> int:
@@ -72,14 +81,51 @@ def room_for(memory: Dram, num_rows: int, record_bytes: int, below_bytes: int, p
     share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
     per_slot = record_bytes + 29
     # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
-    entries = Window.entries_for(max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20))
+    wanted = max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20)
     queue = int(total * share / 2)
+    free = total - queue - _parts(num_rows, 0, record_bytes, below_bytes, policy, 0)
+    entries = Window.entries_for(min(wanted, max(free, 0) // 2))
     fixed = _parts(num_rows, 0, record_bytes, below_bytes, policy, entries) + queue
     slots = min((total - fixed) // per_slot, num_rows)
     if slots < 1:
         least = _parts(num_rows, 0, record_bytes, below_bytes, policy, _FEWEST_ENTRIES) + _FEWEST_ENTRIES * per_slot
+        least = int(least / (1 - share / 2)) + 1
         raise InputError(
             f"{total:,} bytes of memory hold no row: directory and buffers of {num_rows:,} rows take {fixed:,}",
-            hint=f"give at least {least * 4 // 3:,} bytes, or hash the ids into fewer rows",
+            hint=f"give at least {least:,} bytes, or hash the ids into fewer rows",
         )
     return Room(slots, entries, queue, fixed + slots * per_slot)
+
+
+def room_on(memory: Hbm, num_rows: int, record_bytes: int, below_bytes: int, policy: Policy) -> Room:
+    """Divide the memory of a device among rows and staging, and say what main memory they need beside it.
+
+    Raises
+    ------
+    InputError
+        If nothing is left for rows, with the least that would do.
+    """
+    total, staged = memory.nbytes, record_bytes + 8
+    staging_rows = max(1, min(int(total * _STAGING_SHARE) // staged, _STAGING_BYTES // staged, num_rows))
+    # One line more than there are slots: for updates that must not be.
+    slots = min((total - BUFFERS * staging_rows * staged) // record_bytes - 1, num_rows)
+    if slots < 1:
+        raise InputError(
+            f"{total:,} bytes of {memory.device} memory hold no row: one takes {record_bytes:,}, and as much again "
+            "on its way in and out",
+            hint=f"give at least {BUFFERS * staged + 2 * record_bytes:,} bytes",
+        )
+    entries, queue = _window_of(total, record_bytes, policy)
+    nbytes = (
+        _parts(num_rows, slots, 0, below_bytes, policy, entries) - RowStore.bytes_for(0)
+        + queue + staging_rows * (record_bytes + BUFFERS * staged)
+    )  # fmt: skip
+    return Room(slots, entries, queue, nbytes, staging_rows)
+
+
+def _window_of(total: int, per_slot: int, policy: Policy) -> tuple[int, int]:
+    """Return the entries of the window, and the bytes of the queue, for so much memory."""
+    share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
+    # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
+    entries = Window.entries_for(max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20))
+    return entries, int(total * share / 2)

@@ -151,7 +151,7 @@ _PASSES: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
 def _update(waiting: Mapping[Rows, _Waiting]) -> None:
     """Update the rows of all slabs, or of none if a gradient is NaN or infinite."""
-    if not all(each.is_finite() for each in waiting.values()):
+    if not all(rows._is_finite(each) for rows, each in waiting.items()):
         raise InputError(
             "a gradient is NaN or infinite; no row was changed",
             hint="lower the learning rate, or look for NaN in the dense input and the loss",
@@ -254,8 +254,6 @@ class Rows:
     def _pool(
         self, layout: Layout, ids: Tensor, offsets: Tensor | None, scales: Tensor | None
     ) -> tuple[Tensor, Lookups]:
-        from vitalfew.embeddings import _kernels_numba as kernels
-
         flat = as_integers(ids, "ids").reshape(-1)
         edges = _NONE_I64 if offsets is None else as_offsets(offsets, len(flat))
         weights = _NONE_F32 if scales is None else _as_weights(scales, len(flat))
@@ -265,21 +263,40 @@ class Rows:
             raise InputError(
                 f"{num_bags} bags do not divide among {features} features", hint="bag = sample * features + feature"
             )
+        out, seen = self._look_up(layout, flat, edges, weights, num_bags)
+        self.counts.lookups += len(flat)
+        self._forwards += 1
+        seen.serial = self._forwards
+        self._seen(seen)
+        return out, seen
+
+    def _look_up(
+        self,
+        layout: Layout,
+        flat: NDArray[np.int64],
+        edges: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        num_bags: int,
+    ) -> tuple[Tensor, Lookups]:
+        """Pool the rows of ids; `edges` and `weights` are empty where there are no bags, or no weights."""
+        from vitalfew.embeddings import _kernels_numba as kernels
+
+        features, jagged = len(layout.features), len(edges) > 0
         slab, flat, base, num_rows = self._locate(layout, flat, edges)
         n, dim = len(flat), slab.shape[1]
         out = np.empty((num_bags, dim), np.float32)
         weight, storage, threads = array_of(slab), _STORAGE[slab.dtype], num_threads()
-        if offsets is None and scales is None and not layout.shared:
+        if not jagged and not len(weights) and not layout.shared:
             seen = Lookups(np.empty(n, np.int64), _NONE_I32, _NONE_F32, features)
             row_of = seen.row_of.reshape(features, -1)
             table = flat.reshape(-1, features)
             with KERNELS:
                 wrong = kernels.gather(weight, storage, table, base, num_rows, out, row_of, threads)
         else:
-            scaled = scales is not None or (offsets is not None and bool(layout.mean.any()))
+            scaled = len(weights) > 0 or (jagged and bool(layout.mean.any()))
             seen = Lookups(
                 np.empty(n, np.int64),
-                _NONE_I32 if offsets is None else np.empty(n, np.int32),
+                np.empty(n, np.int32) if jagged else _NONE_I32,
                 np.empty(n, np.float32) if scaled else _NONE_F32,
             )
             with KERNELS:
@@ -289,10 +306,6 @@ class Rows:
                 )  # fmt: skip
         if wrong >= 0:
             self.refuse(layout, flat, edges, wrong)
-        self.counts.lookups += n
-        self._forwards += 1
-        seen.serial = self._forwards
-        self._seen(seen)
         return torch.from_numpy(out), seen
 
     def _locate(
@@ -362,6 +375,14 @@ class Rows:
         """Say whether nothing that waits is NaN or infinite."""
         return self._waiting.is_finite()
 
+    def _is_finite(self, waiting: _Waiting) -> bool:
+        """Say whether an update may go on."""
+        return waiting.is_finite()
+
+    def counted(self) -> Counts:
+        """Return what the rows have been through until now."""
+        return self.counts
+
     def step(self) -> None:
         """Update every touched row once from all that waits.
 
@@ -419,10 +440,7 @@ class Rows:
     def _scale_gradients(self, lookups: Lookups, layout: Layout, scales: Tensor, grad: Tensor) -> Tensor:
         from vitalfew.embeddings import _kernels_numba as kernels
 
-        divisor = np.ones(len(lookups.row_of), np.float32)
-        if len(lookups.bag_of):
-            mean = layout.mean[lookups.bag_of % len(layout.features)]
-            np.copyto(divisor, np.bincount(lookups.bag_of)[lookups.bag_of], where=mean, casting="unsafe")
+        divisor = self.divisor_of(lookups, layout)
         out = np.empty(len(divisor), np.float32)
         with KERNELS:
             kernels.scale_gradients(
@@ -430,6 +448,15 @@ class Rows:
                 divisor, grad.numpy(), out, num_threads(),
             )  # fmt: skip
         return torch.from_numpy(out).reshape(scales.shape).to(scales.dtype)
+
+    @staticmethod
+    def divisor_of(lookups: Lookups, layout: Layout) -> NDArray[np.float32]:
+        """Return for each lookup the size of its bag where bags are averaged, else 1."""
+        divisor = np.ones(len(lookups.row_of), np.float32)
+        if len(lookups.bag_of):
+            mean = layout.mean[lookups.bag_of % len(layout.features)]
+            np.copyto(divisor, np.bincount(lookups.bag_of)[lookups.bag_of], where=mean, casting="unsafe")
+        return divisor
 
 
 class _Bags(torch.autograd.Function):

@@ -220,7 +220,7 @@ class EmbeddingBags(nn.Module):
     @property
     def counts(self) -> Counts:
         """Lookups, rows updated and steps so far, counted in the kernels."""
-        return self.rows.counts
+        return self.rows.counted()
 
     @property
     def lr(self) -> float:
@@ -276,10 +276,11 @@ class EmbeddingBags(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBags:
-        probe = fn(torch.zeros(0, dtype=self.rows.weight.dtype, device="cpu"))
-        if probe.device.type != "cpu" or probe.dtype != self.rows.weight.dtype:
+        weight = self.rows.weight
+        probe = fn(torch.zeros(0, dtype=weight.dtype, device=weight.device))
+        if probe.device != weight.device or probe.dtype != weight.dtype:
             raise InputError(
-                f"the rows stay on the CPU as {self.rows.weight.dtype}, "
+                f"the rows stay on {weight.device} as {weight.dtype}, "
                 f"they cannot become {probe.dtype} on {probe.device}",
                 hint="move the other layers only, and choose dtype= when making the tables",
             )

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from vitalfew.core import InputError
+from vitalfew.embeddings._device import DeviceRows
+from vitalfew.embeddings.device_rows import DeviceTieredRows
 from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.optim import Optimizer, optimizer_from_dict
-from vitalfew.embeddings.room import Room, room_for
+from vitalfew.embeddings.room import BUFFERS, Room, room_for, room_on
 from vitalfew.embeddings.rows import Rows
 from vitalfew.embeddings.tables import EmbeddingBags, Table
 from vitalfew.embeddings.tiered_rows import TieredRows
 from vitalfew.tiers.dram import Dram, Nowhere
+from vitalfew.tiers.hbm import Hbm, HbmSlab
 from vitalfew.tiers.lower import Opened
 from vitalfew.tiers.policies import LookAhead, Policy
 from vitalfew.tiers.schedule import Schedule
@@ -49,8 +52,9 @@ class TieredEmbeddings(EmbeddingBags):
     optimizer
         `SGD`, `RowwiseAdagrad`, `Adagrad` or `LazyAdam`.
     tiers
-        Fastest first: a `Dram`, maybe more of them, then `File` or `Remote`. Memory in bytes is a hard limit for rows,
-        state, directory, window and buffers together.
+        Fastest first: `Hbm` or a `Dram`, maybe a `Dram` below it, then `File` or `Remote`. A `Dram` in bytes is a hard
+        limit for rows, state, directory, window and buffers together; `Hbm` for what lies on the device. Below `Hbm`
+        a `Dram` that all rows fit may be the last.
     policy
         Which rows stay: `LookAhead` (with `Prefetch` around the loader), `LRU`, `LFU` or `Static`.
     ahead
@@ -76,6 +80,9 @@ class TieredEmbeddings(EmbeddingBags):
     Notes
     -----
     A forward under ``torch.no_grad()`` copies the rows it needs and moves none.
+
+    With ``Hbm`` first, rows are looked up and updated on the device, and bags come out there. Ids are best given in
+    main memory: for those on the device the host waits.
     """
 
     rows: TieredRows
@@ -85,7 +92,7 @@ class TieredEmbeddings(EmbeddingBags):
         tables: Sequence[Table],
         optimizer: Optimizer,
         *,
-        tiers: Sequence[Dram | _Tier],
+        tiers: Sequence[Hbm | Dram | _Tier],
         policy: Policy | None = None,
         ahead: int = 2,
         dtype: torch.dtype = torch.float32,
@@ -94,8 +101,8 @@ class TieredEmbeddings(EmbeddingBags):
         seed: int = 0,
         resume: bool = False,
     ) -> None:
-        if not tiers or not isinstance(tiers[0], Dram):
-            raise InputError("the first tier must be a Dram", hint='tiers=[Dram("2 GiB"), File("rows/")]')
+        if not tiers or not isinstance(tiers[0], Dram | Hbm):
+            raise InputError("the first tier must be a Dram, or Hbm", hint='tiers=[Dram("2 GiB"), File("rows/")]')
         if ahead < 0:
             raise InputError(f"ahead must not be negative, got {ahead}", hint="2 is the default")
         self._tiers, self.policy, self._ahead = tuple(tiers), policy or LookAhead(), ahead
@@ -117,25 +124,21 @@ class TieredEmbeddings(EmbeddingBags):
         record = TieredRows(1, self.dim, optimizer, dtype=dtype, first=first).record()
         below = self._open(record.nbytes)
         try:
-            memory = self._tiers[0]
-            assert isinstance(memory, Dram)
-            if len(self._tiers) == 1:
-                memory = Dram(memory.size if isinstance(memory.size, str) else self.num_rows)
-            self.room = room_for(memory, self.num_rows, record.nbytes, below.tier.nbytes, self.policy)
+            self.room = self._room(record.nbytes, below.tier.nbytes)
             if len(self._tiers) == 1 and self.room.slots < self.num_rows:
                 raise InputError(
-                    f"{memory.size!r} holds {self.room.slots:,} of {self.num_rows:,} rows",
+                    f"{self._tiers[0]!r} holds {self.room.slots:,} of {self.num_rows:,} rows",
                     hint='add a tier below: tiers=[Dram("2 GiB"), File("rows/")]',
                 )
             if below.note is not None:
                 first, optimizer = self._accept(below.note, optimizer, first, dtype)
-            rows = TieredRows(self.room.slots, self.dim, optimizer, dtype=dtype, update=update, seed=seed, first=first)
+            rows = self._take_memory(optimizer, first, dtype=dtype, update=update, seed=seed)
             depth = self.policy.depth if isinstance(self.policy, LookAhead) else 0
             schedule = Schedule(
                 self.num_rows, self.room.slots, self.policy, ahead=self._ahead, depth=min(depth, self.room.entries),
                 entries=self.room.entries,
             )  # fmt: skip
-            rows.attach(RowStore(schedule, rows.record(), below.tier, rows.begin, below.places))
+            rows.attach(RowStore(schedule, rows.record(), below.tier, rows.begin, below.places, rows.buffer))
             if below.note is not None:
                 rows.counts.steps, rows.seed = below.note["steps"], below.note["seed"]
         except BaseException:
@@ -144,13 +147,45 @@ class TieredEmbeddings(EmbeddingBags):
         self._first_seed = first.seed
         return rows
 
+    def _room(self, record_bytes: int, below_bytes: int) -> Room:
+        memory = self._tiers[0]
+        if isinstance(memory, Hbm):
+            return room_on(memory, self.num_rows, record_bytes, below_bytes, self.policy)
+        assert isinstance(memory, Dram)
+        if len(self._tiers) == 1:
+            memory = Dram(memory.size if isinstance(memory.size, str) else self.num_rows)
+        return room_for(memory, self.num_rows, record_bytes, below_bytes, self.policy)
+
+    def _take_memory(
+        self,
+        optimizer: Optimizer,
+        first: FirstRows,
+        *,
+        dtype: torch.dtype,
+        update: Literal["backward", "step"],
+        seed: int,
+    ) -> TieredRows:
+        memory, room = self._tiers[0], self.room
+        if not isinstance(memory, Hbm):
+            return TieredRows(room.slots, self.dim, optimizer, dtype=dtype, update=update, seed=seed, first=first)
+        columns = DeviceRows.columns(self.dim, dtype, optimizer)
+        slab = HbmSlab(columns, room.slots + 1, memory.device, staging_rows=room.staging_rows, buffers=BUFFERS)
+        return DeviceTieredRows(slab, optimizer, update=update, seed=seed, first=first)
+
     def _open(self, record_bytes: int) -> Opened:
         *upper, last = self._tiers[1:] or (None,)
         if last is None:
             return Opened(Nowhere(record_bytes), None, None)
+        if isinstance(last, Hbm):
+            raise InputError(f"{last!r} cannot stand below another tier", hint="name the fastest tier first")
         if isinstance(last, Dram):
-            raise InputError("the last tier is memory, and so is the first", hint="make it one, or add a File below")
-        below = last.open(self.num_rows, record_bytes, resume=self._resume)
+            if isinstance(self._tiers[0], Dram):
+                raise InputError(
+                    "the last tier is memory, and so is the first", hint="make it one, or add a File below"
+                )
+            below = last.open(self.num_rows, record_bytes)
+        else:
+            below = last.open(self.num_rows, record_bytes, resume=self._resume)
         for tier in reversed(upper):
             if not isinstance(tier, Dram):
                 below.tier.close()
@@ -228,7 +263,7 @@ class TieredEmbeddings(EmbeddingBags):
             "dim": self.dim,
             "dtype": _name_of(self.rows.weight.dtype),
             "optimizer": self.rows.optimizer.to_dict(),
-            "steps": self.rows.counts.steps,
+            "steps": self.counts.steps,  # where a device counts, after everything it was asked to do
             "seed": self.rows.seed,
             "first": self._first_seed,
             "note": dict(note or {}),

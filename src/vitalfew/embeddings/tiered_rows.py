@@ -16,6 +16,7 @@ from vitalfew.core import InputError
 from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.optim import Optimizer
 from vitalfew.embeddings.rows import KERNELS, Layout, Lookups, Rows, array_of, num_threads
+from vitalfew.tiers.lower import Bytes
 from vitalfew.tiers.record import Record
 from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import HELD
@@ -55,6 +56,8 @@ class TieredRows(Rows):
     """
 
     store: RowStore
+    buffer: Bytes | None = None
+    """Memory of a special kind for the records that the store moves."""
 
     def __init__(
         self,

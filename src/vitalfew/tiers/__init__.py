@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vitalfew.tiers.curves import MissCurve, lru_curve
     from vitalfew.tiers.dram import Dram
     from vitalfew.tiers.file import File
+    from vitalfew.tiers.hbm import Hbm
     from vitalfew.tiers.lower import Lower, Opened, Traffic
     from vitalfew.tiers.policies import LFU, LRU, Belady, Chaos, LookAhead, Policy, Static, policy_named
     from vitalfew.tiers.simulation import Simulated, lower_bound, simulate
@@ -25,6 +26,7 @@ __all__ = [
     "Chaos",
     "Dram",
     "File",
+    "Hbm",
     "LookAhead",
     "Lower",
     "MissCurve",
@@ -47,6 +49,7 @@ _NAMES_IN = {
     "curves": ("MissCurve", "lru_curve"),
     "dram": ("Dram",),
     "file": ("File",),
+    "hbm": ("Hbm",),
     "lower": ("Lower", "Opened", "Traffic"),
     "policies": ("LFU", "LRU", "Belady", "Chaos", "LookAhead", "Policy", "Static", "policy_named"),
     "simulation": ("Simulated", "lower_bound", "simulate"),

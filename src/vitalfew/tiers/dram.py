@@ -27,7 +27,7 @@ class Dram:
 
     Examples
     --------
-    >>> Dram("64 MiB").limit(record_bytes=64, num_rows=10**6) == 2**20
+    >>> Dram("64 MiB").limit(record_bytes=64, num_rows=10**7) == 2**20
     True
     """
 
@@ -41,9 +41,16 @@ class Dram:
         of_all = {"share": budget.value * num_rows, "count": budget.value, "bytes": budget.value / record_bytes}
         return min(int(of_all[budget.kind]), num_rows)
 
-    def open(self, num_rows: int, record_bytes: int, below: Opened) -> Opened:
-        """Stand between the compute memory and the tier below."""
+    def open(self, num_rows: int, record_bytes: int, below: Opened | None = None) -> Opened:
+        """Stand between the compute memory and the tier below, or hold all rows where there is none."""
         lines = self.limit(record_bytes, num_rows)
+        if below is None:
+            if lines < num_rows:
+                raise InputError(
+                    f"{self.size!r} holds {lines:,} of {num_rows:,} rows",
+                    hint=f"give it {num_rows * record_bytes:,} bytes, or add a tier below, such as File(...)",
+                )
+            return Opened(_Whole(num_rows, record_bytes), None, None)
         if lines < 1:
             raise InputError(f"{self.size!r} holds not one row of {record_bytes} bytes", hint="give more memory")
         places = None if below.places is None else np.where(below.places >= 0, below.places + lines, -1)
@@ -155,22 +162,12 @@ class _Ring:
         self.below.close()
 
 
-class Nowhere:
-    """No tier below: all rows fit."""
+class _Memory:
+    """What memory below which there is nothing can, and cannot, do."""
 
     def __init__(self, record_bytes: int) -> None:
         self.record_bytes = record_bytes
         self.traffic = Traffic()
-
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-    def read(self, ids: Ids, places: Places, out: Bytes) -> None:
-        raise AssertionError("no row was ever written here")
-
-    def write(self, ids: Ids, records: Bytes) -> Places:
-        raise InputError(f"{len(ids)} rows have no place to go", hint="add a tier below, such as File(...)")
 
     def release(self, places: Places) -> None:
         pass
@@ -183,3 +180,44 @@ class Nowhere:
 
     def close(self) -> None:
         pass
+
+
+class Nowhere(_Memory):
+    """No tier below: all rows fit."""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def read(self, ids: Ids, places: Places, out: Bytes) -> None:
+        raise AssertionError("no row was ever written here")
+
+    def write(self, ids: Ids, records: Bytes) -> Places:
+        raise InputError(f"{len(ids)} rows have no place to go", hint="add a tier below, such as File(...)")
+
+
+class _Whole(_Memory):
+    """Every row in its own line."""
+
+    def __init__(self, num_rows: int, record_bytes: int) -> None:
+        from vitalfew.tiers.record import Record
+
+        super().__init__(record_bytes)
+        self._lines = np.zeros((num_rows, record_bytes // 4), np.uint32)
+        self._record = Record([self._lines])
+
+    @property
+    def nbytes(self) -> int:
+        return self._lines.nbytes
+
+    def read(self, ids: Ids, places: Places, out: Bytes) -> None:
+        self._record.take(places, out)
+        self.traffic.rows_read += len(out)
+        self.traffic.bytes_read += out.nbytes
+
+    def write(self, ids: Ids, records: Bytes) -> Places:
+        places = ids.astype(np.int32)
+        self._record.put(places, records)
+        self.traffic.rows_written += len(records)
+        self.traffic.bytes_written += records.nbytes
+        return places

@@ -150,7 +150,7 @@ class HbmSlab:
                 hint="give the rows less memory, or free some of the device's",
             ) from error
         self._fields = [
-            _Field(column, view, at) for column, (view, at) in zip(self.columns, record._columns, strict=True)
+            _Field(column, view, at) for column, (view, at) in zip(self.columns, record.columns, strict=True)
         ]
         self._staging = buffers * staging_rows * (self.row_bytes + 8)
 

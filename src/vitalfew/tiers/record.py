@@ -59,27 +59,28 @@ class Record:
     """
 
     def __init__(self, columns: Sequence[NDArray[Any]]) -> None:
-        self._columns: list[tuple[NDArray[Any], int]] = []
+        self.columns: list[tuple[NDArray[Any], int]] = []
+        """Each column as words, and the word of a record where it begins."""
         at = 0
         for column in columns:
             width = column.shape[1] * column.itemsize
             # Copied in words of the widest kind that fits; a record's fields begin at multiples of 4 bytes.
             word = np.uint32 if width % 4 == 0 else np.uint16
-            self._columns.append((column.view(word), at // np.dtype(word).itemsize))
+            self.columns.append((column.view(word), at // np.dtype(word).itemsize))
             at += -(-width // 4) * 4
         self.nbytes = at
 
     def take(self, slots: NDArray[np.int32], records: Bytes) -> None:
         """Copy slots of the slab into records."""
-        for column, at in self._columns:
+        for column, at in self.columns:
             _take(column, slots, records.view(column.dtype), at)
 
     def put(self, slots: NDArray[np.int32], records: Bytes) -> None:
         """Copy records into slots of the slab."""
-        for column, at in self._columns:
+        for column, at in self.columns:
             _put(column, slots, records.view(column.dtype), at)
 
     def clear(self, slots: NDArray[np.int32]) -> None:
         """Fill slots of the slab with zeros."""
-        for column, _ in self._columns:
+        for column, _ in self.columns:
             _clear(column, slots)

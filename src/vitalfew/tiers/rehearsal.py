@@ -129,4 +129,3 @@ class Rehearsal:
     def close(self) -> None:
         """Give the file back."""
         self._file.close()
-

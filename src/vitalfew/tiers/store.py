@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitalfew.core import InputError
 from vitalfew.tiers.dram import Nowhere
-from vitalfew.tiers.lower import Ids, Lower, Places
+from vitalfew.tiers.lower import Bytes, Ids, Lower, Places
 from vitalfew.tiers.record import Record
 from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.residency import FREE
@@ -57,6 +58,8 @@ class RowStore:
         Called as ``fresh(ids, slots)``; writes the first values of rows that were never written.
     places
         Where the tier below has rows already, -1 for none.
+    buffer
+        Memory for the records of a move, such as a device can reach; by default some of the store's own.
 
     Notes
     -----
@@ -71,6 +74,7 @@ class RowStore:
         lower: Lower,
         fresh: Callable[[Ids, Slots], None],
         places: Places | None = None,
+        buffer: Bytes | None = None,
     ) -> None:
         self.schedule = schedule
         self.residency = schedule.residency
@@ -82,8 +86,10 @@ class RowStore:
         """1 where a row has changed since it was fetched or committed; the update kernel sets it."""
         self._home = np.full(self.residency.num_slots, -1, np.int32)
         self._fresh = fresh
-        self._lines = max(1, _CHUNK // record.nbytes)
-        self._buffer = np.empty((self._lines, record.nbytes), np.uint8)
+        if buffer is None:
+            buffer = np.empty((max(1, _CHUNK // record.nbytes), record.nbytes), np.uint8)
+        self._buffer, self._lines = buffer, len(buffer)
+        self._closed = False
         self._leaving = np.empty(0, np.int32)
         self._arriving: list[tuple[Ids, Places, Slots]] = []
         if places is not None:
@@ -212,12 +218,16 @@ class RowStore:
 
     def close(self) -> None:
         """Let go of the tier below."""
-        self.lower.close()
+        with self.lock:
+            self._closed = True
+            self.lower.close()
 
     # -- moves
 
     def _settle(self) -> None:
         """Finish the moves that an error has cut off."""
+        if self._closed:
+            raise InputError("these rows are closed", hint="open them again with resume=True")
         self._depart()
         while self._arriving:
             self._arrive()

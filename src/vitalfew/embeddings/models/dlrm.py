@@ -67,7 +67,7 @@ class _PairDots(torch.autograd.Function):
         (fields,) = ctx.saved_tensors
         _, pairs = _places(fields.shape[1], fields.device)
         square = nn.functional.pad(grad.to(fields.dtype), (0, 1)).index_select(1, pairs)
-        return torch.bmm(square.view(len(grad), fields.shape[1], -1), fields)
+        return torch.bmm(square.view(len(grad), fields.shape[1], fields.shape[1]), fields)
 
 
 class DLRM(nn.Module):
