@@ -164,8 +164,8 @@ def dram_budget_table(body: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         (
-            f"Measured on {machine_of(body["machine"])}; synthetic ids over {body['rows']:,} rows of 64 floats on disk, a "
-            f"DLRM, batches of 2,048, {amount(body['budget_bytes'], 'B')} for everything.",
+            f"Measured on {machine_of(body['machine'])}; synthetic ids over {body['rows']:,} rows",
+            f"of 64 floats on disk, a DLRM, batches of 2,048, {amount(body['budget_bytes'], 'B')} of memory for everything.",
             "",
             "| rows | step (mean) | times all in memory | rows fetched per step | rows read, times the lower bound |",
             "| --- | --: | --: | --: | --: |",

@@ -85,7 +85,7 @@ def test_kernels_equal_their_twins_bit_by_bit(dtype: torch.dtype, case: Case, ru
     weight = stored(bags.weight).copy()
     state = {name: tensor.numpy().copy() for name, tensor in bags.rows.state.items()}
     rng = np.random.default_rng(abs(case.seed))
-    mean, base = bags.layout.mean, bags._layout.base
+    mean, base = bags.layout.mean, bags.layout.base
     for step in (1, 2):
         scales = None if case.weights is None else torch.from_numpy(case.weights).requires_grad_()
         out = forward(bags, case, scales)
@@ -119,7 +119,7 @@ def test_norm_and_scaled_step_equal_their_twins(case: Case, factor: float) -> No
     out.backward(torch.from_numpy(grad))
     bags.rows.scale_grad(factor)
     weight = bags.weight.numpy().copy()
-    _, *lookups = reference.pool(weight, 0, case.ids, case.offsets, case.weights, bags.layout.mean, bags._layout.base)
+    _, *lookups = reference.pool(weight, 0, case.ids, case.offsets, case.weights, bags.layout.mean, bags.layout.base)
     total = reference.gradients(*lookups, grad.reshape(-1, grad.shape[-1]), factor)
     assert bags.rows.grad_norm() == pytest.approx(np.sqrt(reference.squared_norm(total)), rel=1e-12)
     bags.step()

@@ -116,7 +116,7 @@ def test_rowwise_adagrad_equals_float64_arithmetic(dim: int, shape: str, pooling
     ours = EmbeddingBags(tables_of(shape, dim, pooling), rule, generator=torch.Generator().manual_seed(dim))
     w, s = ours.weight.numpy().astype(np.float64), np.zeros(len(ours.weight))
     rng = np.random.default_rng(dim)
-    base, mean, features = ours.layout.base, ours._layout.mean, len(ours.features)
+    base, mean, features = ours.layout.base, ours.layout.mean, len(ours.features)
     for _ in range(5):
         ids, offsets, weights = batch(ours, shape, rng)
         out = ours(ids, offsets, weights)

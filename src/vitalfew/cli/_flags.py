@@ -34,6 +34,12 @@ BadRows = Annotated[str, typer.Option(help="What to do with malformed rows: erro
 Dim = Annotated[int, typer.Option(help="Width of the embedding rows.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adagrad, rowwise_adagrad or adam.")]
 Widths = Annotated[str, typer.Option(help="Widths of the hidden layers.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
+Seed = Annotated[int, typer.Option(help="Of first weights and data order.")]
+RowStorage = Annotated[str, typer.Option(help="Of the rows: float32, bfloat16 or float16.")]
+
+Ahead = Annotated[int, typer.Option(help="Batches whose rows are brought into memory before their turn.")]
+Depth = Annotated[int, typer.Option(help="Batches that the look-ahead policy sees.")]
 
 
 def split(text: str) -> tuple[str, ...]:

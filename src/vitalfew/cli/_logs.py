@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitalfew.cli import _flags as flag
 from vitalfew.cli._output import Format, command_line, print_json, save_report, say
+
+if TYPE_CHECKING:
+    from vitalfew.embeddings.tiering import Tiering
 
 __all__ = ["demo", "look", "predict", "train"]
 
@@ -43,25 +46,56 @@ def look(
     direct: flag.Direct = "",
     min_count: flag.MinCount = 1,
     dim: flag.Dim = 16,
+    bottom: flag.Widths = "256,64",
+    top: flag.Widths = "256,64",
     optimizer: flag.Optimizer = "adagrad",
+    batch_size: flag.BatchSize = 1024,
+    storage: flag.RowStorage = "float32",
+    budget: Annotated[
+        str | None, typer.Option(help="Memory for the rows to try, such as 1%,5%,10% or 512MiB,2GiB.")
+    ] = None,
+    policies: Annotated[str, typer.Option(help="With --budget: which to try.")] = "static,lru,lfu,lookahead,belady",
+    ahead: flag.Ahead = 2,
+    depth: flag.Depth = 200,
+    batches: Annotated[int | None, typer.Option(help="With --budget: read so many batches only.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="With --budget: where rows would be kept; that disk is measured.")
+    ] = None,
+    report: Annotated[str | None, typer.Option(help="With --budget: write a page with the chart here.")] = None,
     log_format: flag.LogFormat = None,
     bad_rows: flag.BadRows = "error",
     output: flag.Output = Format.text,
 ) -> None:
     """Show how few rows do the work; changes nothing."""
     from vitalfew.cli._progress import bars
-    from vitalfew.embeddings.settings import Settings
-    from vitalfew.look import look_at_log
 
-    settings = Settings(dim=dim, optimizer=optimizer)
+    if budget is None:
+        _refuse_alone(ctx, ("policies", "ahead", "depth", "batches", "store", "report"), "--budget 1%,5%,10%,20%")
+    from vitalfew.embeddings.settings import Settings
+    from vitalfew.look import look_at_budgets, look_at_log
+
+    settings = Settings(dim, flag.widths(bottom), flag.widths(top), optimizer, batch_size=batch_size, storage=storage)
+    options, path, memory = flag.log_options(ctx.params), flag.log_path(log), None
     with bars() as show:
-        seen = look_at_log(flag.log_path(log), flag.log_options(ctx.params), settings, progress=show)
+        if budget is not None:
+            memory = look_at_budgets(
+                path, options, settings, flag.split(budget), flag.split(policies), ahead=ahead, depth=depth,
+                most_batches=batches, store=store, progress=show,
+            )  # fmt: skip
+        seen = look_at_log(path, options, settings, progress=show)
+    if report is not None and memory is not None:
+        from vitalfew.look.page import write_budgets
+
+        write_budgets(memory, f"How much memory for {Path(log[0]).name}?", report)
+        say(f"report: {report}")
     if output is Format.json:
-        print_json(seen.to_dict())
+        print_json(seen.to_dict() | ({} if memory is None else {"memory": memory.to_dict()}))
     else:
-        from vitalfew.cli._tables import show_look
+        from vitalfew.cli._tables import show_budgets, show_look
 
         show_look(seen)
+        if memory is not None:
+            show_budgets(memory)
 
 
 def train(
@@ -84,10 +118,22 @@ def train(
     top: flag.Widths = "256,64",
     optimizer: flag.Optimizer = "adagrad",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 1024,
+    batch_size: flag.BatchSize = 1024,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of first weights and data order.")] = 0,
-    storage: Annotated[str, typer.Option(help="Of the rows: float32, bfloat16 or float16.")] = "float32",
+    seed: flag.Seed = 0,
+    storage: flag.RowStorage = "float32",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for the rows, such as 2GiB, or a share such as 10%; the others are kept on disk."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="With --memory: the folder for those rows, on a fast disk; else OUT/rows.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="With --memory: which rows stay, by lookahead, lru or lfu.")
+    ] = "lookahead",
+    ahead: flag.Ahead = 2,
+    depth: flag.Depth = 200,
     pairs: Annotated[int, typer.Option(help="Paired runs against plain PyTorch for the receipt; 0 for none.")] = 3,
     trial_steps: Annotated[int, typer.Option(help="Steps of each paired run.")] = 40,
     tolerance: Annotated[float, typer.Option(help="How much AUC may fall.")] = 0.001,
@@ -111,7 +157,7 @@ def train(
 
     with bars() as show, _resumable(Path(out)):
         if resume:
-            receipt = resume_log(out, checkpoint_seconds=checkpoint_seconds, progress=show)
+            receipt = resume_log(out, checkpoint_seconds=checkpoint_seconds, progress=show, say=say)
         else:
             settings = Settings(
                 dim, flag.widths(bottom), flag.widths(top), optimizer, lr, batch_size, epochs, seed, storage
@@ -125,10 +171,35 @@ def train(
                 trial_steps=trial_steps,
                 tolerance=tolerance,
                 checkpoint_seconds=checkpoint_seconds,
+                tiers=_tiering(ctx),
                 command=command_line(),
                 progress=show,
+                say=say,
             )
     save_report(receipt, Path(out), output)
+
+
+def _tiering(ctx: typer.Context) -> Tiering | None:
+    """Return what the flags say about memory; those that need --memory are refused without it, not ignored."""
+    names = ("store", "policy", "ahead", "depth")
+    if ctx.params["memory"] is None:
+        _refuse_alone(ctx, names, "--memory 2GiB")
+        return None
+    from vitalfew.embeddings.tiering import Tiering
+
+    return Tiering(ctx.params["memory"], **{name: ctx.params[name] for name in names})
+
+
+def _refuse_alone(ctx: typer.Context, names: tuple[str, ...], needed: str) -> None:
+    from vitalfew.core import InputError
+
+    if given := [name for name in names if _is_given(ctx, name)]:
+        raise InputError(f"--{given[0]} says nothing without {needed.split()[0]}", hint=f"add it, such as {needed}")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _refuse_more(ctx: typer.Context) -> None:
@@ -136,8 +207,7 @@ def _refuse_more(ctx: typer.Context) -> None:
     from vitalfew.core import InputError
 
     for name in ctx.params:
-        source = ctx.get_parameter_source(name)
-        if name not in ("out", "resume", "checkpoint_seconds", "output") and source and source.name == "COMMANDLINE":
+        if name not in ("out", "resume", "checkpoint_seconds", "output") and _is_given(ctx, name):
             what = "a log" if name == "log" else f"--{name.replace('_', '-')}"
             raise InputError(f"--resume goes on with the run as it began, and got {what}", hint=f"leave {what} out")
 

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from vitalfew.look import Look
+    from vitalfew.look import Look, MemoryLook
 
-__all__ = ["show_doctor", "show_look", "show_methods"]
+__all__ = ["show_budgets", "show_doctor", "show_look", "show_methods"]
 
 
 def _console() -> Console:
@@ -56,6 +56,25 @@ def show_look(look: Look) -> None:
         f"foretold (modelled from a few timed steps): {payoff.ratio:.1f}x faster training with fused rows, "
         f"{human(payoff.plain, 's')} -> {human(payoff.ours, 's')} per step"
     )
+
+
+def show_budgets(look: MemoryLook) -> None:
+    """Print what each policy does at each budget, and how much memory is enough."""
+    from vitalfew.look.page import answer, budget_table, facts
+
+    console, seen = _console(), budget_table(look)
+    table = _table(*(name.lower() for name in seen.columns), right=1)
+    table.collapse_padding = True  # ten columns
+    for row in seen.rows:
+        table.add_row(*(escape(cell.text) for cell in row))
+    console.print()
+    console.print(table)
+    for note in seen.notes:
+        console.print(note, markup=False)
+    console.print()
+    for fact in facts(look):
+        console.print(fact, markup=False)
+    console.print(answer(look), markup=False, style="bold")
 
 
 def show_methods(methods: list[dict[str, str]]) -> None:

@@ -17,11 +17,12 @@ from vitalfew.embeddings.metrics import BinaryMetrics
 from vitalfew.embeddings.options import Progress
 from vitalfew.embeddings.payoff import Payoff, predict_payoff
 from vitalfew.embeddings.peak import peak_memory
-from vitalfew.embeddings.preparing import Job
+from vitalfew.embeddings.preparing import Job, plain_bytes
+from vitalfew.embeddings.tiering import free_memory
 from vitalfew.embeddings.trial import Trial, paired_trial
 from vitalfew.meter import Figure, Scope, machine
 
-__all__ = ["Evidence", "curves", "gather", "make_receipt", "training_lines"]
+__all__ = ["Evidence", "curves", "gather", "make_receipt", "no_comparison", "training_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,27 @@ def gather(
         progress("compare", done / steps)
 
     trial = paired_trial(
-        job.train, job.test, job.num_rows, job.settings, rule, pairs=pairs, max_steps=max_steps, progress=stepped
-    )
+        job.train, job.test, job.num_rows, job.settings, rule, pairs=pairs, max_steps=max_steps, progress=stepped,
+        tiers=job.tiers, store=None if job.tiers is None else job.tiers.folder(job.out),
+    )  # fmt: skip
+    if job.tiers is not None:  # what a few steps fill tells nothing: the account has the memory of the whole run
+        return Evidence(predicted, trial, (None, None))
     plain, ours = (peak_memory(job.train.folder, job.num_rows, job.settings, plain=each) for each in (True, False))
     return Evidence(predicted, trial, (plain, ours))
+
+
+def no_comparison(job: Job) -> str | None:
+    """Say why plain PyTorch cannot be trained beside rows in tiers; None where it can."""
+    if job.tiers is None:
+        return None
+    total = sum(job.num_rows.values())
+    plain, free = total * plain_bytes(job.settings), free_memory()
+    if plain + job.tiers.room(total, job.settings).nbytes <= free:
+        return None
+    return (
+        f"no paired run was made: plain PyTorch needs {plain / 2**30:,.2f} GiB for these tables, and "
+        f"{free / 2**30:,.2f} GiB are free"
+    )
 
 
 def curves(encoder: Encoder) -> tuple[Curve, ...]:
@@ -104,7 +122,14 @@ def _line(figure: Figure, what: str) -> Line:
 
 
 def make_receipt(
-    job: Job, evidence: Evidence | None, lines: Sequence[Line] = (), *, title: str | None = None, command: str = ""
+    job: Job,
+    evidence: Evidence | None,
+    lines: Sequence[Line] = (),
+    *,
+    predictions: Sequence[Prediction] = (),
+    why: str | None = None,
+    title: str | None = None,
+    command: str = "",
 ) -> Receipt:
     """Put together what was measured, counted and foretold.
 
@@ -114,19 +139,30 @@ def make_receipt(
         None leaves the verdict `undecided`.
     lines
         The account of the run itself, as of `training_lines`.
+    predictions
+        What was foretold of it.
+    why
+        There is no evidence, where it was asked for.
     """
     name = Path(job.path if isinstance(job.path, str) else job.path[0]).name
     when = "the later ones" if job.encoder.schema.time else "drawn at random"
     notes = [f"{len(job.train):,} rows to train, {len(job.test):,} to test ({when})", *job.notes]
     receipt = Receipt(
         title=title or f"Training on {name}",
-        method=f"fused row updates, {job.settings.optimizer}",
+        method=f"fused row updates, {job.settings.optimizer}"
+        + ("" if job.tiers is None else ", rows over memory and disk"),
         lines=tuple(lines),
         verdict="undecided",
-        why="no paired runs were made (--pairs 0)",
+        why=why or "no paired runs were made (--pairs 0)",
+        predictions=tuple(predictions),
         curves=curves(job.encoder),
         notes=tuple(notes),
-        environment={**machine(), "threads": torch.get_num_threads(), "settings": job.settings.to_dict()},
+        environment={
+            **machine(),
+            "threads": torch.get_num_threads(),
+            "settings": job.settings.to_dict(),
+            **({} if job.tiers is None else {"tiers": job.tiers.to_dict()}),
+        },
         command=command,
         made=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     )
@@ -136,7 +172,9 @@ def make_receipt(
 def _with_evidence(receipt: Receipt, job: Job, evidence: Evidence) -> Receipt:
     comparison, (plain, ours) = evidence.trial.comparison, evidence.peaks
     lines, notes = [*evidence.trial.lines()], []
-    if plain is not None and ours is not None:
+    if job.tiers is not None:
+        notes.append("in the paired runs our rows have the same --memory and a store of their own on the same disk")
+    elif plain is not None and ours is not None:
         note = "a process of its own, the first steps"
         lines.append(Line("peak memory", "B", float(plain), float(ours), "measured", note=note))
     else:
@@ -146,6 +184,7 @@ def _with_evidence(receipt: Receipt, job: Job, evidence: Evidence) -> Receipt:
     if job.settings.storage != "float32":
         notes.append(f"the plain way keeps its rows as float32, ours as {job.settings.storage}")
     basis = "a few timed steps on ids drawn from the log's counts"
+    factor = Prediction("training speed, factor", "x", evidence.predicted.ratio, comparison.ratio.mean, basis)
     return dataclasses.replace(
         receipt,
         lines=(*lines, *receipt.lines),
@@ -156,7 +195,6 @@ def _with_evidence(receipt: Receipt, job: Job, evidence: Evidence) -> Receipt:
         quality=evidence.trial.qualities(),
         pairs=comparison.pairs,
         pairs_needed=comparison.pairs_needed,
-        predictions=(
-            Prediction("training speed, factor", "x", evidence.predicted.ratio, comparison.ratio.mean, basis),
-        ),
+        # With rows on a disk, what counts is foretold per step.
+        predictions=receipt.predictions if job.tiers else (factor,),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from vitalfew.data.log import EncodedLog
 from vitalfew.embeddings.metrics import BinaryMetrics, binary_metrics
 from vitalfew.embeddings.models import DLRM
 
-__all__ = ["evaluate", "predict", "train_step"]
+__all__ = ["evaluate", "predict", "stream", "train_step"]
 
 _ROWS = 8192
 
@@ -24,6 +25,15 @@ _ROWS = 8192
 def _inputs(batch: Encoded) -> tuple[Tensor | None, Tensor, Tensor | None]:
     dense = torch.from_numpy(batch.dense) if batch.dense.shape[1] else None
     return dense, torch.from_numpy(batch.ids), None if batch.offsets is None else torch.from_numpy(batch.offsets)
+
+
+def stream(batches: Batches, done: int, total: int) -> Iterator[Encoded]:
+    """Yield the batches of a run from step `done` to step `total`, over all epochs."""
+    while done < total:
+        epoch, first = divmod(done, len(batches))
+        for batch in islice(batches.epoch(epoch, first), total - done):
+            yield batch
+            done += 1
 
 
 def train_step(model: DLRM, optimizers: Iterable[torch.optim.Optimizer], batch: Encoded) -> Tensor:
@@ -49,14 +59,16 @@ def predict(model: DLRM, batches: Iterable[Encoded]) -> NDArray[np.float32]:
     return np.concatenate(logits) if logits else np.empty(0, np.float32)
 
 
-def evaluate(model: DLRM, log: EncodedLog, *, progress: Callable[[float], None] | None = None) -> BinaryMetrics:
+def evaluate(
+    model: DLRM, log: EncodedLog, *, progress: Callable[[float], None] | None = None, batch_rows: int = _ROWS
+) -> BinaryMetrics:
     """Measure the model on all rows of a log, read batch by batch; `progress` is called with the share done."""
     labels: list[NDArray[np.float32]] = []
     seen = 0
 
     def rows() -> Iterator[Encoded]:
         nonlocal seen
-        for batch in Batches(log, _ROWS, shuffle=False).epoch(0):
+        for batch in Batches(log, min(batch_rows, _ROWS), shuffle=False).epoch(0):
             assert batch.label is not None
             labels.append(batch.label)
             yield batch

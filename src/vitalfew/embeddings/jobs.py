@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -11,25 +12,31 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from vitalfew.core import InputError, Line, Receipt, Rule
+from vitalfew.core import InputError, Line, Prediction, Receipt, Rule
 from vitalfew.core.files import atomic_write, read_document, write_document
 from vitalfew.data.batches import Batches
 from vitalfew.data.encode import Encoder
+from vitalfew.data.encoded import Encoded
 from vitalfew.data.readers import open_log
-from vitalfew.embeddings.account import gather, make_receipt, training_lines
+from vitalfew.embeddings.account import gather, make_receipt, no_comparison, training_lines
 from vitalfew.embeddings.checkpoint import about_weights, load_newest, load_weights, save_checkpoint, save_model
-from vitalfew.embeddings.fitting import evaluate, predict, train_step
+from vitalfew.embeddings.fitting import evaluate, predict, stream, train_step
 from vitalfew.embeddings.models import DLRM
-from vitalfew.embeddings.options import LogOptions, Progress, silent
+from vitalfew.embeddings.options import LogOptions, Progress, Say, hush, silent
 from vitalfew.embeddings.preparing import Job, alone, fresh_folder, log_files, prepare, reopen
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
+from vitalfew.embeddings.tiered import TieredEmbeddings
+from vitalfew.embeddings.tiered_job import open_model, train_tiered
+from vitalfew.embeddings.tiering import Tiering
 from vitalfew.meter import Scope, scope
 
 __all__ = ["load_model", "predict_log", "resume_log", "train_log"]
 
-_VERSION = 1
+_VERSION = 2
+_UPGRADES = {1: lambda about: {**about, "tiers": None, "run": ""}}
 
 
 def train_log(
@@ -42,8 +49,10 @@ def train_log(
     trial_steps: int = 40,
     tolerance: float = 0.001,
     checkpoint_seconds: float = 60.0,
+    tiers: Tiering | None = None,
     command: str = "",
     progress: Progress = silent,
+    say: Say = hush,
 ) -> Receipt:
     """Train a DLRM on a log, evaluate it on the held-back rows, and save model and receipt.
 
@@ -62,6 +71,10 @@ def train_log(
         How much AUC may fall.
     checkpoint_seconds
         Between checkpoints.
+    tiers
+        Memory for the rows, and a folder for those that it does not take: the tables may be many times larger.
+    say
+        Is told what is worth a line.
     """
     folder = Path(out)
     _check(pairs, trial_steps, tolerance, checkpoint_seconds)
@@ -69,11 +82,15 @@ def train_log(
         raise InputError(f"{out} holds a run already", hint="go on with it by --resume, or choose another --out")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder", hint="choose another --out")
+    if tiers is not None:
+        tiers = tiers.claim(folder)
     about = {
         "path": path,
         "folder": os.getcwd(),
         "options": dataclasses.asdict(options),
         "settings": settings.to_dict(),
+        "tiers": None if tiers is None else tiers.to_dict(),
+        "run": secrets.token_hex(8),
         "comparison": {"pairs": pairs, "steps": trial_steps, "tolerance": tolerance},
         "threads": torch.get_num_threads(),
         "command": command,
@@ -81,11 +98,11 @@ def train_log(
     with fresh_folder(folder), alone(folder):
         job = _prepare(folder, about, progress)
     with alone(folder):
-        return _complete(job, about, checkpoint_seconds, progress)
+        return _complete(job, about, checkpoint_seconds, progress, say)
 
 
 def resume_log(
-    out: str | os.PathLike[str], *, checkpoint_seconds: float = 60.0, progress: Progress = silent
+    out: str | os.PathLike[str], *, checkpoint_seconds: float = 60.0, progress: Progress = silent, say: Say = hush
 ) -> Receipt:
     """Go on with a run that was cut off, with its own log and settings, and return its receipt.
 
@@ -102,14 +119,14 @@ def resume_log(
     if not (folder / "run.json").exists():
         raise InputError(f"{out} holds no run to go on with", hint="leave --resume out to start one")
     with alone(folder):
-        about = read_document(folder / "run.json", "run", _VERSION)
+        about = _read_run(folder)
         for part in folder.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         if (folder / "receipt.json").exists():
             _tidy(folder)
             return Receipt.load(folder / "receipt.json")
         job = _reopen(folder, about) or _prepare(folder, about, progress)
-        return _complete(job, about, checkpoint_seconds, progress)
+        return _complete(job, about, checkpoint_seconds, progress, say)
 
 
 def _check(pairs: int, steps: int, tolerance: float, checkpoint_seconds: float) -> None:
@@ -121,6 +138,14 @@ def _check(pairs: int, steps: int, tolerance: float, checkpoint_seconds: float) 
     if not checkpoint_seconds >= 0:
         raise InputError(f"checkpoint_seconds must not be negative, got {checkpoint_seconds}", hint="60 is the default")
     Rule("equal work", tolerance)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    return read_document(folder / "run.json", "run", _VERSION, _UPGRADES)
+
+
+def _tiers_of(about: Mapping[str, Any]) -> Tiering | None:
+    return None if about["tiers"] is None else Tiering(**about["tiers"])
 
 
 def _asked(about: Mapping[str, Any]) -> tuple[Any, LogOptions, Settings]:
@@ -144,26 +169,33 @@ def _prepare(folder: Path, about: dict[str, Any], progress: Progress) -> Job:
     if len(about["files"]) != len(files):
         raise InputError("the log has lost or gained files since the run began", hint="start another with a new --out")
     write_document(folder / "run.json", "run", _VERSION, about)
-    job = prepare(*_asked(about), folder, progress, compared=about["comparison"]["pairs"] > 0)
+    compared, tiers = about["comparison"]["pairs"] > 0, _tiers_of(about)
+    job = prepare(*_asked(about), folder, progress, compared=compared, tiers=tiers)
+    job.tiers, job.run = tiers, about["run"]
     about["notes"] = list(job.notes)
     write_document(folder / "run.json", "run", _VERSION, about)
     return job
 
 
 def _reopen(folder: Path, about: Mapping[str, Any]) -> Job | None:
-    return reopen(*_asked(about), folder, about["notes"]) if "notes" in about else None
+    job = reopen(*_asked(about), folder, about["notes"]) if "notes" in about else None
+    if job is not None:
+        job.tiers, job.run = _tiers_of(about), about["run"]
+    return job
 
 
-def _complete(job: Job, about: Mapping[str, Any], checkpoint_seconds: float, progress: Progress) -> Receipt:
+def _complete(job: Job, about: Mapping[str, Any], every: float, progress: Progress, say: Say) -> Receipt:
     """Train, compare, save the receipt: each part is skipped that an earlier sitting has done."""
     asked = about["comparison"]
     with _threads(about["threads"]):
-        lines = _trained(job, checkpoint_seconds, progress)
-        evidence = None
-        if asked["pairs"]:
+        lines, predictions = _trained(job, every, progress, say)
+        evidence, why = None, no_comparison(job)
+        if asked["pairs"] and why is None:
             rule = Rule("equal work", asked["tolerance"])
             evidence = gather(job, rule, pairs=asked["pairs"], max_steps=asked["steps"], progress=progress)
-        receipt = make_receipt(job, evidence, lines, command=about["command"])
+        receipt = make_receipt(
+            job, evidence, lines, predictions=predictions, why=why if asked["pairs"] else None, command=about["command"]
+        )
     receipt.save(job.out / "receipt.json")
     _tidy(job.out)
     return receipt
@@ -186,16 +218,19 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _trained(job: Job, every: float, progress: Progress) -> list[Line]:
+def _trained(job: Job, every: float, progress: Progress, say: Say) -> tuple[list[Line], list[Prediction]]:
     """Train to the end and save the model, if that is still to do; return the account of it."""
     target = job.out / "model"
     if not target.exists():
-        model, training = _fit(job, every, progress)
-        lines = training_lines(training, evaluate(model, job.test, progress=lambda share: progress("test", share)))
-        save_model(target, model, {"lines": [dataclasses.asdict(line) for line in lines], "notes": job.notes})
+        if job.tiers is not None:
+            train_tiered(job, every, progress, say)
+        else:
+            model, training = _fit(job, every, progress)
+            lines = training_lines(training, evaluate(model, job.test, progress=lambda share: progress("test", share)))
+            save_model(target, model, {"lines": [dataclasses.asdict(line) for line in lines], "notes": job.notes})
     about = about_weights(target)
     job.notes[:] = about["notes"]
-    return [Line(**line) for line in about["lines"]]
+    return [Line(**line) for line in about["lines"]], [Prediction(**each) for each in about.get("predictions", ())]
 
 
 def _fit(job: Job, every: float, progress: Progress) -> tuple[DLRM, Scope]:
@@ -212,30 +247,34 @@ def _fit(job: Job, every: float, progress: Progress) -> tuple[DLRM, Scope]:
         job.notes.append(f"resumed at step {done:,} of {total:,}; the times count the last sitting only")
     last = time.monotonic()
     with scope("train") as training:
-        while done < total:
-            epoch, first = divmod(done, len(batches))
-            for batch in batches.epoch(epoch, first):
-                train_step(model, [optimizer], batch)
-                done += 1
-                training.count("rows", len(batch), "rows")
-                progress("train", done / total)
-                if done < total and time.monotonic() - last >= every:
-                    save_checkpoint(job.out, model, optimizer, done, {"step": done})
-                    last = time.monotonic()
+        for batch in stream(batches, done, total):
+            train_step(model, [optimizer], batch)
+            done += 1
+            training.count("rows", len(batch), "rows")
+            progress("train", done / total)
+            if done < total and time.monotonic() - last >= every:
+                save_checkpoint(job.out, model, optimizer, done, {"step": done})
+                last = time.monotonic()
     return model, training
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[DLRM, Encoder, dict[str, Any]]:
-    """Return model, encoder and description of a trained run; the model is for predictions, without optimizer state."""
+    """Return model, encoder and description of a trained run, for predictions.
+
+    The rows of a run with `tiers` are read where they are: nothing is copied, and ``model.tables.close()`` lets go of
+    their folder. Otherwise the model comes without optimizer state.
+    """
     out = Path(folder)
     if not (out / "model").is_dir():
         unfinished = (out / "run.json").exists()
         hint = "finish it with --resume" if unfinished else "name the folder that `vitalfew train` wrote"
         raise InputError(f"{folder} holds no trained model", hint=hint)
-    about = read_document(out / "run.json", "run", _VERSION)
+    about = _read_run(out)
     encoder = Encoder.load(out / "encoder")
-    settings = dataclasses.replace(Settings.from_dict(about["settings"]), optimizer="sgd")
-    model = build(encoder.num_rows, len(encoder.schema.numeric), settings)
+    settings, tiers, num_dense = Settings.from_dict(about["settings"]), _tiers_of(about), len(encoder.schema.numeric)
+    if tiers is not None:
+        return open_model(out, encoder.num_rows, num_dense, settings, tiers, about["run"]), encoder, about
+    model = build(encoder.num_rows, num_dense, dataclasses.replace(settings, optimizer="sgd"))
     load_weights(out / "model", model)
     return model, encoder, about
 
@@ -265,17 +304,33 @@ def predict_log(
     int
         Rows scored.
     """
+    target = Path(out)
+    if target.suffix not in (".parquet", ".csv"):
+        raise InputError(f"cannot write {target.suffix or 'a file without suffix'}", hint="name it .parquet or .csv")
+    model, encoder, about = load_model(folder)
+    with model.tables if isinstance(model.tables, TieredEmbeddings) else nullcontext():
+        # As many rows at a time as training had room for.
+        most = about["settings"]["batch_size"] if about["tiers"] else None
+        return _predict(model, encoder, path, target, log_format, bad_rows, most, progress)
+
+
+def _predict(
+    model: DLRM,
+    encoder: Encoder,
+    path: str | list[str],
+    target: Path,
+    log_format: str | None,
+    bad_rows: str,
+    most: int | None,
+    progress: Progress,
+) -> int:
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
 
-    target = Path(out)
-    if target.suffix not in (".parquet", ".csv"):
-        raise InputError(f"cannot write {target.suffix or 'a file without suffix'}", hint="name it .parquet or .csv")
-    model, encoder, _ = load_model(folder)
     reader = open_log(path, format=log_format, bad_rows=bad_rows)  # type: ignore[arg-type]
     if target.resolve() in [Path(str(file)) for file, *_ in log_files(path)]:
-        raise InputError(f"the scores would take the place of the log {out}", hint="choose another --out")
+        raise InputError(f"the scores would take the place of the log {target}", hint="choose another --out")
     shape = pa.schema([("score", pa.float32())])
     rows = 0
     with nullcontext() if target.parent.exists() else fresh_folder(target.parent), atomic_write(target) as file:
@@ -283,7 +338,13 @@ def predict_log(
         with kind(file, shape) as writer:
             for batch in encoder.batches(reader, labels=False, progress=lambda share: progress("predict", share)):
                 encoded = encoder.encode(batch, labels=False, first_row=rows)
-                scores = torch.sigmoid(torch.from_numpy(predict(model, [encoded]))).numpy()
+                parts = [encoded] if most is None else _cut(encoded, most)
+                scores = torch.sigmoid(torch.from_numpy(predict(model, parts))).numpy()
                 writer.write_batch(pa.record_batch([pa.array(scores)], schema=shape))
                 rows += len(encoded)
     return rows
+
+
+def _cut(rows: Encoded, most: int) -> Iterator[Encoded]:
+    for start in range(0, len(rows), most):
+        yield rows.take(np.arange(start, min(start + most, len(rows))))

@@ -11,15 +11,22 @@ from vitalfew.core import InputError
 from vitalfew.data import Schema, infer_schema
 from vitalfew.data.readers import LogReader, open_log
 
-__all__ = ["LogOptions", "Progress", "open_with", "silent"]
+__all__ = ["LogOptions", "Progress", "Say", "hush", "open_with", "silent"]
 
 Progress = Callable[[str, float], None]
 """Called with the stage and its share done."""
+Say = Callable[[str], None]
+"""Called with a line for the user."""
 
 
 def silent(stage: str, share: float) -> None:
     """Show no progress."""
     del stage, share
+
+
+def hush(text: str) -> None:
+    """Say nothing."""
+    del text
 
 
 @dataclass(frozen=True, slots=True)

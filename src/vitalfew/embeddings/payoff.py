@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from vitalfew.data.encoded import Encoded
 from vitalfew.embeddings.fitting import train_step
 from vitalfew.embeddings.settings import Settings, build_arm
 
-__all__ = ["Payoff", "predict_payoff"]
+__all__ = ["Payoff", "predict_payoff", "step_seconds"]
 
 _ROWS = 200_000
 """Tables are cut to this many of their busiest rows for the timing; the rest share the last ones."""
@@ -83,16 +83,39 @@ def predict_payoff(
         dense = rng.standard_normal((len(ids), num_dense)).astype(np.float32)
         batches.append(Encoded(dense, ids, label=rng.integers(0, 2, len(ids)).astype(np.float32)))
     distinct = round(statistics.mean(sum(len(np.unique(column)) for column in b.ids.T) for b in batches))
+    plain, ours = _time(num_rows, batches, settings, plain=(True, False))
+    return Payoff(plain, ours, batches[0].ids.size, distinct)
+
+
+def step_seconds(num_rows: Mapping[str, int], batches: Sequence[Encoded], settings: Settings) -> float:
+    """Return the median seconds of a step our way on some batches, with tables cut to what memory surely takes.
+
+    Parameters
+    ----------
+    batches
+        Three or more; the first two warm up.
+    """
+    return _time(num_rows, batches, settings, plain=(False,))[0]
+
+
+def _time(
+    num_rows: Mapping[str, int], batches: Sequence[Encoded], settings: Settings, *, plain: Sequence[bool]
+) -> list[float]:
+    """Time steps of the ways to train, in turns; return the median of each."""
     cut = {name: min(rows, _ROWS) for name, rows in num_rows.items()}
     limit = np.array(list(cut.values()))
-    batches = [dataclasses.replace(b, ids=np.where(b.ids < limit, b.ids, b.ids % limit)) for b in batches]
-
-    arms = [build_arm(cut, num_dense, settings, plain=plain) for plain in (True, False)]
-    times: tuple[list[float], list[float]] = ([], [])
+    arms = [build_arm(cut, batches[0].dense.shape[1], settings, plain=each) for each in plain]
+    times: list[list[float]] = [[] for _ in arms]
     for turn, batch in enumerate(batches):
+        if batch.offsets is None:
+            most = limit
+        else:
+            features = np.arange(len(batch.offsets) - 1) % len(limit)
+            most = np.repeat(limit[features], np.diff(batch.offsets))
+        small = dataclasses.replace(batch, ids=np.where(batch.ids < most, batch.ids, batch.ids % most))
         for (model, optimizers), seconds in zip(arms, times, strict=True):
             start = time.perf_counter()
-            train_step(model, optimizers, batch)
-            if turn >= 2:  # the first steps compile and warm up
+            train_step(model, optimizers, small)
+            if turn >= min(2, len(batches) - 1):  # the first steps compile and warm up
                 seconds.append(time.perf_counter() - start)
-    return Payoff(statistics.median(times[0]), statistics.median(times[1]), batches[0].ids.size, distinct)
+    return [statistics.median(seconds) for seconds in times]

@@ -9,23 +9,43 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vitalfew.core import InputError
 from vitalfew.core.files import atomic_folder
+from vitalfew.data import LogReader, Schema
+from vitalfew.data.batches import Batches
 from vitalfew.data.encode import Encoder
 from vitalfew.data.log import EncodedLog, write_log
 from vitalfew.data.split import time_cutoff
 from vitalfew.embeddings.options import LogOptions, Progress, open_with
 from vitalfew.embeddings.settings import Settings
+from vitalfew.embeddings.tiering import Tiering, free_memory
 
-__all__ = ["Job", "alone", "check_memory", "fresh_folder", "log_files", "prepare", "reopen"]
+__all__ = [
+    "Job",
+    "alone",
+    "check_memory",
+    "fit_encoder",
+    "fresh_folder",
+    "log_files",
+    "plain_bytes",
+    "prepare",
+    "reopen",
+]
 
 LogPath = str | list[str]
 
 
 @dataclass(slots=True)
 class Job:
-    """A log made ready to train on, and the folder it is in."""
+    """A log made ready to train on, and the folder it is in.
+
+    Attributes
+    ----------
+    tiers, run
+        Where rows are that memory does not take, and the mark of this run in their folder.
+    """
 
     out: Path
     encoder: Encoder
@@ -35,6 +55,8 @@ class Job:
     options: LogOptions
     path: LogPath
     notes: list[str] = field(default_factory=list)
+    tiers: Tiering | None = None
+    run: str = ""
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -43,7 +65,15 @@ class Job:
 
 
 def prepare(
-    path: LogPath, options: LogOptions, settings: Settings, out: Path, progress: Progress, *, compared: bool = False
+    path: LogPath,
+    options: LogOptions,
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    *,
+    compared: bool = False,
+    tiers: Tiering | None = None,
+    checked: bool = True,
 ) -> Job:
     """Learn the encoding of a log and write its rows as numbers below `out`.
 
@@ -51,6 +81,10 @@ def prepare(
     ----------
     compared
         Whether the plain way will be trained too: there must be memory for both.
+    tiers
+        Memory for the rows, where they may be more than it takes; there must be enough for those of a batch.
+    checked
+        False asks for no memory: the log is only looked at.
     """
     reader, schema = open_with(path, options)
     cutoff, notes = None, []
@@ -58,18 +92,12 @@ def prepare(
         cutoff, exact = time_cutoff(reader, schema.time, options.test_share, progress=lambda s: progress("split", s))
         if not exact:
             notes.append("the time of the split was estimated from a sample of the rows")
-    encoder = Encoder.fit(
-        reader,
-        schema,
-        hash_rows=options.hash_rows,
-        direct=options.direct,
-        min_count=options.min_count,
-        seed=settings.seed,
-        until=cutoff,
-        test_share=None if cutoff is not None else options.test_share,
-        progress=lambda s: progress("count ids", s),
-    )
-    check_memory(encoder.num_rows, settings, compared=compared)
+    share = None if cutoff is not None else options.test_share
+    encoder = fit_encoder(reader, schema, options, settings.seed, progress, until=cutoff, test_share=share)
+    if checked and tiers is not None:
+        tiers.check(encoder.num_rows, settings)
+    elif checked:
+        check_memory(encoder.num_rows, settings, compared=compared)
     for name in ("data", "encoder"):
         shutil.rmtree(out / name, ignore_errors=True)
     train, test = write_log(
@@ -81,11 +109,31 @@ def prepare(
         seed=settings.seed,
         progress=lambda s: progress("encode", s),
     )
+    if checked and tiers is not None:
+        batches = Batches(train, settings.batch_size, seed=settings.seed)
+        run = (batch for epoch in range(settings.epochs) for batch in batches.epoch(epoch))
+        tiers.check_batches(encoder.num_rows, settings, run, jagged=train.is_jagged)
     with atomic_folder(out / "encoder") as part:
         encoder.save(part)
     if reader.num_bad_rows:
         notes.append(f"{reader.num_bad_rows:,} malformed rows were skipped")
     return Job(out, encoder, train, test, settings, options, path, notes)
+
+
+def fit_encoder(
+    reader: LogReader, schema: Schema, options: LogOptions, seed: int, progress: Progress, **split: Any
+) -> Encoder:
+    """Learn the encoding that the options ask for; `split` is handed on to `Encoder.fit`."""
+    return Encoder.fit(
+        reader,
+        schema,
+        hash_rows=options.hash_rows,
+        direct=options.direct,
+        min_count=options.min_count,
+        seed=seed,
+        progress=lambda share: progress("count ids", share),
+        **split,
+    )
 
 
 def reopen(path: LogPath, options: LogOptions, settings: Settings, out: Path, notes: list[str]) -> Job | None:
@@ -98,20 +146,16 @@ def reopen(path: LogPath, options: LogOptions, settings: Settings, out: Path, no
 
 def check_memory(num_rows: Mapping[str, int], settings: Settings, *, compared: bool) -> None:
     """Refuse tables that the memory cannot hold, alone or (`compared`) beside those of plain PyTorch."""
-    import psutil
-
-    from vitalfew.meter import machine
-
     dim, total = settings.dim, sum(num_rows.values())
     ours = (4 if settings.storage == "float32" else 2) * dim + settings.rule().state_bytes(dim)
-    plain = 4 * dim + settings.plain_rule().state_bytes(dim)
-    free = min(int(psutil.virtual_memory().available), int(machine(())["memory_bytes"]))
+    plain = plain_bytes(settings)
+    free = free_memory()
     if total * ours > free:
         big = max(num_rows, key=lambda name: num_rows[name])
         raise InputError(
             f"the tables need {total * ours / 2**30:,.1f} GiB ({total:,} rows x {ours} B, the most for `{big}`), "
             f"{free / 2**30:,.1f} GiB are free",
-            hint="use --hash-rows, --min-count, a smaller --dim or --optimizer rowwise_adagrad",
+            hint="keep most of them on a disk with --memory, or use --hash-rows, --min-count or a smaller --dim",
         )
     if compared and total * (ours + plain) > free:
         raise InputError(
@@ -119,6 +163,11 @@ def check_memory(num_rows: Mapping[str, int], settings: Settings, *, compared: b
             f"with plain PyTorch, {free / 2**30:,.1f} GiB are free",
             hint="train without the comparison: --pairs 0",
         )
+
+
+def plain_bytes(settings: Settings) -> int:
+    """Return the bytes of one row with its state in plain PyTorch."""
+    return 4 * settings.dim + settings.plain_rule().state_bytes(settings.dim)
 
 
 def log_files(path: LogPath) -> list[list[str | int]]:

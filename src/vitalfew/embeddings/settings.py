@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,9 +17,12 @@ from vitalfew.embeddings.models import DLRM
 from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad
 from vitalfew.embeddings.tables import EmbeddingBags, Table
 
-__all__ = ["Settings", "build", "build_arm", "dense_optimizer"]
+if TYPE_CHECKING:
+    from vitalfew.embeddings.tiering import Tiering
 
-_STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["STORAGE", "Settings", "build", "build_arm", "dense_optimizer"]
+
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RULES: dict[str, type[Optimizer]] = {
     "sgd": SGD,
     "adagrad": Adagrad,
@@ -71,8 +75,8 @@ class Settings:
         for width in (self.dim, *self.bottom, *self.top):
             if not 1 <= width <= _WIDEST:
                 raise InputError(f"a layer cannot have the width {width}", hint=f"choose from 1 to {_WIDEST:,}")
-        if self.storage not in _STORAGE:
-            raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(_STORAGE)}")
+        if self.storage not in STORAGE:
+            raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(STORAGE)}")
         self.rule()
 
     def rule(self) -> Optimizer:
@@ -99,7 +103,16 @@ class Settings:
         return cls(**plain)
 
 
-def build(num_rows: Mapping[str, int], num_dense: int, settings: Settings, *, plain: bool = False) -> DLRM:
+def build(
+    num_rows: Mapping[str, int],
+    num_dense: int,
+    settings: Settings,
+    *,
+    plain: bool = False,
+    tiers: Tiering | None = None,
+    store: Path | None = None,
+    resume: bool = False,
+) -> DLRM:
     """Build the model; `plain` takes PyTorch's own tables, with the same first weights.
 
     Parameters
@@ -108,14 +121,25 @@ def build(num_rows: Mapping[str, int], num_dense: int, settings: Settings, *, pl
         Rows per feature, in the order of the input.
     num_dense
         Number of dense inputs.
+    tiers, store, resume
+        With these the rows are spread over memory and a folder, which holds those of an earlier sitting (`resume`).
     """
     generator = torch.Generator().manual_seed(settings.seed)
     tables = [Table(name, rows, settings.dim) for name, rows in num_rows.items()]
     bags: EmbeddingBags | TorchBags
     if plain:
         bags = TorchBags(tables, generator=generator)
+    elif tiers is not None:
+        from vitalfew.embeddings.tiered import TieredEmbeddings
+        from vitalfew.tiers import Dram, File
+
+        assert store is not None
+        bags = TieredEmbeddings(
+            tables, settings.rule(), tiers=[Dram(tiers.memory), File(store)], policy=tiers.rule(), ahead=tiers.ahead,
+            dtype=STORAGE[settings.storage], generator=generator, seed=settings.seed, resume=resume,
+        )  # fmt: skip
     else:
-        storage = _STORAGE[settings.storage]
+        storage = STORAGE[settings.storage]
         bags = EmbeddingBags(tables, settings.rule(), dtype=storage, generator=generator, seed=settings.seed)
     return DLRM(
         bags,
@@ -137,10 +161,16 @@ def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
 
 
 def build_arm(
-    num_rows: Mapping[str, int], num_dense: int, settings: Settings, *, plain: bool
+    num_rows: Mapping[str, int],
+    num_dense: int,
+    settings: Settings,
+    *,
+    plain: bool,
+    tiers: Tiering | None = None,
+    store: Path | None = None,
 ) -> tuple[DLRM, list[torch.optim.Optimizer]]:
     """Build the model of one way to train, and every torch optimizer it needs."""
-    model = build(num_rows, num_dense, settings, plain=plain)
+    model = build(num_rows, num_dense, settings, plain=plain, tiers=tiers, store=store)
     optimizers = [dense_optimizer(model, settings)]
     if isinstance(model.tables, TorchBags):
         optimizers.append(model.tables.optimizer(settings.plain_rule()))

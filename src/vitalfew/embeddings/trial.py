@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from vitalfew.core import Comparison, Line, Outcome, Quality, Rule, compare, judge
 from vitalfew.core.compare import Arm
 from vitalfew.core.receipt import Pair
 from vitalfew.data.batches import Batches
+from vitalfew.data.encoded import Encoded
 from vitalfew.data.log import EncodedLog
+from vitalfew.embeddings.ahead import Prefetch
 from vitalfew.embeddings.fitting import evaluate, train_step
 from vitalfew.embeddings.metrics import BinaryMetrics
 from vitalfew.embeddings.settings import Settings, build_arm
 from vitalfew.embeddings.tables import EmbeddingBags
+from vitalfew.embeddings.tiered import TieredEmbeddings
+from vitalfew.embeddings.tiering import Tiering
 
 __all__ = ["Trial", "paired_trial"]
 
@@ -98,6 +105,8 @@ def paired_trial(
     pairs: int,
     max_steps: int | None = None,
     progress: Callable[[int], None] | None = None,
+    tiers: Tiering | None = None,
+    store: Path | None = None,
 ) -> Trial:
     """Train a DLRM the plain PyTorch way and with fused rows, on equal work, and judge by the rule.
 
@@ -112,28 +121,42 @@ def paired_trial(
         Stop each run after so many steps; by default it is one epoch.
     progress
         Called with the number of steps just done, over all arms and pairs.
+    tiers, store
+        Our rows are over memory and disk, in a folder beside that of the run. The arms then take turns from run to run
+        only: rows read ahead while the other arm is timed would cost nothing.
     """
     runs: dict[str, list[_Run]] = {"base": [], "few": []}
     num_steps = min(len(Batches(train, settings.batch_size)), max_steps or sys.maxsize)
+    turn = _SLICE if tiers is None else num_steps
 
     def arm(name: str, *, plain: bool) -> Arm:
         def run(seed: int) -> Generator[None, None, Outcome]:
             mine = dataclasses.replace(settings, seed=settings.seed + seed)
-            model, optimizers = build_arm(num_rows, train.num_dense, mine, plain=plain)
-            stream = Batches(train, mine.batch_size, seed=mine.seed).epoch(0)
-            seconds, rows = 0.0, 0
-            for first in range(0, num_steps, _SLICE):
-                size = min(_SLICE, num_steps - first)
-                start = time.perf_counter()
-                for batch in islice(stream, size):
-                    train_step(model, optimizers, batch)
-                    rows += len(batch)
-                seconds += time.perf_counter() - start
-                if progress:
-                    progress(size)
-                yield
-            metrics = evaluate(model, test)
-            written = model.tables.counts.rows_updated if isinstance(model.tables, EmbeddingBags) else 0
+            with ExitStack() as stack:
+                if tiers is None or plain:
+                    model, optimizers = build_arm(num_rows, train.num_dense, mine, plain=plain)
+                else:
+                    folder = stack.enter_context(_beside(store))
+                    model, optimizers = build_arm(
+                        num_rows, train.num_dense, mine, plain=False, tiers=tiers, store=folder
+                    )
+                stream: Iterator[Encoded] = islice(Batches(train, mine.batch_size, seed=mine.seed).epoch(0), num_steps)
+                if isinstance(model.tables, TieredEmbeddings):
+                    tables = stack.enter_context(model.tables)
+                    stream = iter(stack.enter_context(Prefetch(tables, stream)))
+                seconds, rows = 0.0, 0
+                for first in range(0, num_steps, turn):
+                    size = min(turn, num_steps - first)
+                    start = time.perf_counter()
+                    for batch in islice(stream, size):
+                        train_step(model, optimizers, batch)
+                        rows += len(batch)
+                    seconds += time.perf_counter() - start
+                    if progress:
+                        progress(size)
+                    yield
+                metrics = evaluate(model, test, batch_rows=sys.maxsize if tiers is None else mine.batch_size)
+                written = model.tables.counts.rows_updated if isinstance(model.tables, EmbeddingBags) else 0
             runs[name].append(_Run(seconds, rows, metrics, written))
             return Outcome(seconds, metrics.auc, float(rows))
 
@@ -153,6 +176,18 @@ def paired_trial(
     total = sum(num_rows.values())
     ids = train.block(0, min(settings.batch_size, len(train))).ids
     return Trial(comparison, runs, total, int(ids.size) * (settings.dim * 4 + 8), num_steps)
+
+
+@contextmanager
+def _beside(store: Path | None) -> Iterator[Path]:
+    """Give a folder for rows on the same disk, and remove it."""
+    assert store is not None
+    folder = store.with_name(f".{store.name}.trial.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _warm_up(num_rows: Mapping[str, int], train: EncodedLog, settings: Settings) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from vitalfew.core import Curve, Profile
-from vitalfew.data import Encoder, Schema
+from vitalfew.data import Schema
 from vitalfew.embeddings.account import curves
 from vitalfew.embeddings.options import LogOptions, Progress, open_with, silent
 from vitalfew.embeddings.payoff import Payoff, predict_payoff
+from vitalfew.embeddings.preparing import fit_encoder
 from vitalfew.embeddings.settings import Settings
 
 __all__ = ["ColumnLook", "Look", "look_at_log"]
@@ -103,15 +104,7 @@ def look_at_log(
     """
     settings = settings or Settings()
     reader, schema = open_with(path if isinstance(path, str) else list(path), options)
-    encoder = Encoder.fit(
-        reader,
-        schema,
-        hash_rows=options.hash_rows,
-        direct=options.direct,
-        min_count=options.min_count,
-        seed=settings.seed,
-        progress=lambda share: progress("count ids", share),
-    )
+    encoder = fit_encoder(reader, schema, options, settings.seed, progress)
     rows = sum(encoder.label_counts)
     columns = []
     every: list[np.ndarray[Any, np.dtype[Any]]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -15,7 +16,7 @@ from vitalfew.report.charts import coverage_chart, ladder_chart, pairs_chart, pr
 from vitalfew.report.figures import amount, clean, headline
 from vitalfew.report.tables import Cell, Table, gini, tables, work_of
 
-__all__ = ["html", "write_html"]
+__all__ = ["figure", "html", "page", "section", "write_html"]
 
 _HOW = (
     '<ul class="legend"><li><span class="how measured">measured</span> a clock or a counter saw it</li>'
@@ -73,7 +74,8 @@ def _grid(table: Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _section(table: Table | None, extra: str = "") -> str:
+def section(table: Table | None, extra: str = "") -> str:
+    """Return a table with its title, folded where it is long."""
     if table is None:
         return ""
     if len(table.rows) > _MOST_OPEN:
@@ -82,7 +84,8 @@ def _section(table: Table | None, extra: str = "") -> str:
     return f"<section><h2>{table.title}</h2>{_grid(table)}{extra}</section>"
 
 
-def _figure(title: str, svg: str, caption: str) -> str:
+def figure(title: str, svg: str, caption: str) -> str:
+    """Return a picture with its title and caption; nothing without a picture."""
     return f"<figure><h2>{title}</h2>{svg}<figcaption>{caption}</figcaption></figure>" if svg else ""
 
 
@@ -115,19 +118,19 @@ def _coverage_caption(receipt: Receipt) -> str:
 def _charts(receipt: Receipt) -> str:
     quality = receipt.quality[0] if receipt.quality else None
     figures = [
-        _figure(
+        figure(
             "How many times less or more",
             ladder_chart(receipt.lines),
             "Ring: the baseline. Disc: ours, measured; square: counted; open disc: modelled. The axis is logarithmic.",
         ),
-        _figure(
+        figure(
             "Pair by pair",
             pairs_chart(receipt.pairs, quality, receipt.rule),
             "Disc: the baseline ran first; open disc: ours did. Diamond: the mean with its 95 % interval on the left"
             + (" and the rule's on the right. Shaded: the tolerance." if quality else "."),
         ),
-        _figure("Where the work goes", coverage_chart(receipt.curves), _coverage_caption(receipt)),
-        _figure(
+        figure("Where the work goes", coverage_chart(receipt.curves), _coverage_caption(receipt)),
+        figure(
             "Predicted and measured",
             prediction_chart(receipt.predictions),
             "Ring: the prediction. Disc: what was measured, in times of it, on a logarithmic axis.",
@@ -152,20 +155,31 @@ def html(receipt: Receipt) -> str:
     parts = [
         f'<header><h1>{_text(receipt.title)}</h1><p class="quiet">{_text(receipt.method)}{made}</p></header><main>',
         _banner(receipt),
-        _section(shown.get("figures"), _HOW),
+        section(shown.get("figures"), _HOW),
         _charts(receipt),
-        *(_section(shown.get(key)) for key in ("quality", "declined", "overhead", "predictions", "coverage", "pairs")),
+        *(section(shown.get(key)) for key in ("quality", "declined", "overhead", "predictions", "coverage", "pairs")),
         f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
-        _section(shown.get("environment")),
+        section(shown.get("environment")),
         f"<section><h2>Command</h2><pre><code>{_text(receipt.command)}</code></pre></section>"
         if receipt.command
         else "",
         f"</main><footer>vitalfew receipt, schema version {SCHEMA_VERSION}<br><code>{receipt.digest()}</code></footer>",
     ]
+    return page(f"{receipt.title}: {receipt.verdict}", parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """Return a whole page with the style inside.
+
+    Examples
+    --------
+    >>> "<title>a &lt; b</title>" in page("a < b", ["<p>text</p>"])
+    True
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(receipt.title)}: {receipt.verdict}</title>\n<style>\n{_style()}</style></head>\n<body>\n"
+        f"<title>{_text(title)}</title>\n<style>\n{_style()}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body></html>\n"
     )

@@ -59,6 +59,7 @@ class Rehearsal:
     >>> plan = Rehearsal([np.array([5, 7, 5]), np.array([7])], num_rows=8)
     >>> plan.uses(0, np.array([5, 7], np.int32))
     array([2147483647,          1], dtype=int32)
+    >>> plan.close()
     """
 
     def __init__(

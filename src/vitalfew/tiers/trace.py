@@ -39,6 +39,7 @@ class Trace:
     (2, 3, 2)
     >>> [ids.tolist() for ids, _ in trace]
     [[5, 7, 5], [7]]
+    >>> trace.close()
     """
 
     def __init__(
