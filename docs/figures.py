@@ -165,7 +165,7 @@ def dram_budget_table(body: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"Measured on {machine_of(body['machine'])}; synthetic ids over {body['rows']:,} rows",
-            f"of 64 floats on disk, a DLRM, batches of 2,048, {amount(body['budget_bytes'], 'B')} of memory for everything.",
+            f"of 64 floats on disk, a DLRM, batches of 2,048, {amount(body['budget_bytes'], 'B')} for everything.",
             "",
             "| rows | step (mean) | times all in memory | rows fetched per step | rows read, times the lower bound |",
             "| --- | --: | --: | --: | --: |",

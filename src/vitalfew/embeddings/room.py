@@ -128,8 +128,6 @@ def room_on(memory: Hbm, num_rows: int, record_bytes: int, below_bytes: int, pol
 def _window_of(total: int, per_slot: int, policy: Policy) -> tuple[int, int]:
     """Return the entries of the window, and the bytes of the queue, for so much memory."""
     share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
-    # Where everything fits, more memory needs no larger window.
-    share *= min(1.0, 2 * (num_rows * per_slot + below_bytes) / max(total, 1))
     # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
     entries = Window.entries_for(max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20))
     return entries, int(total * share / 2)
