@@ -42,6 +42,7 @@ from vitalfew.embeddings import DLRM, EmbeddingBags, Prefetch, RowwiseAdagrad, T
 from vitalfew.embeddings.first import FirstRows
 from vitalfew.meter import machine
 from vitalfew.tiers import LRU, Belady, Dram, File, LookAhead, lower_bound, simulate
+from vitalfew.tiers._direct import aligned
 from vitalfew.tiers.speed import expected_pages, measure_speed, predict_step
 
 DIM, BATCH = 64, 2048
@@ -88,6 +89,7 @@ class Arm:
         self.optimizer = torch.optim.Adagrad(dense, lr=0.02)
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.cpu = 0.0
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         loss = F.binary_cross_entropy_with_logits(self.model(batch["dense"], batch["ids"]), batch["label"])
@@ -103,10 +105,12 @@ class Arm:
 
     def turn(self, steps: int) -> None:
         # The time between the end of a step and the end of the next, the wait for its rows included.
+        cpu = time.process_time()
         for _ in range(steps):
             start = time.perf_counter()
             self.step(next(self.batches))
             self.seconds.append(time.perf_counter() - start)
+        self.cpu += time.process_time() - cpu
 
 
 def fill(tables: TieredEmbeddings, first: FirstRows) -> None:
@@ -208,6 +212,16 @@ class Memmap:
             self.group.rmdir()
 
 
+def cpu_per_page(tables: TieredEmbeddings, batches: int = 20) -> float:
+    """Return the processor seconds that the bare read of a random page takes, without looking at what is in it."""
+    file, width = tables.store.lower._file, tables.store.lower.layout.page_bytes
+    buffer, rng = aligned(1024, width), np.random.default_rng(0)
+    start = time.process_time()
+    for _ in range(batches):
+        file.read(np.sort(rng.integers(0, file.size // width, 1024)) * width, buffer)
+    return (time.process_time() - start) / batches / 1024
+
+
 def compute_only(stream: Stream, rows: tuple[int, ...], steps: int) -> None:
     """Compile the kernels before the clock runs."""
     arm = Arm("", EmbeddingBags([Table(f"C{i}", 8, DIM) for i in range(len(rows))], RULE), iter(stream))
@@ -296,6 +310,7 @@ def main() -> None:
     if memmap:
         memmap.close()
     speed = measure_speed(work, record)
+    page_cpu = next((cpu_per_page(arm.tables) for arm in arms if arm.name in before), 0.0)
     by = {arm.name: arm for arm in arms}
     name_overlaps = {"belady": True, "lookahead": True, "lru": False, "lru_next": True}
     for arm in arms:
@@ -308,6 +323,8 @@ def main() -> None:
         at = results[arm.name] = {
             "median step ms": 1e3 * statistics.median(arm.seconds), "mean step ms": 1e3 * statistics.mean(arm.seconds)
         }  # fmt: skip
+        if arm is not memmap:
+            at["processor ms per step"] = 1e3 * arm.cpu / args.steps
         if arm.name in before:
             moves, traffic = arm.tables.moves, arm.tables.store.lower.traffic
             missed, left, reads, written, busy = before[arm.name]
@@ -339,7 +356,10 @@ def main() -> None:
         for at in results.values():
             at["/ memory"] = at["mean step ms"] / results["memory"]["mean step ms"]
             if "disk ms per step" in at:
-                at["floor / memory"] = max(base, at["disk floor ms"]) / base
+                # What the cores have to do in any case, and the disk beside them.
+                work_ms = results["memory"]["processor ms per step"] + 1e3 * page_cpu * at["pages read per step"]
+                floor = max(base, at["disk floor ms"], work_ms / torch.get_num_threads())
+                at["floor / memory"], at["/ floor"] = floor / base, at["mean step ms"] / floor
     for name in ("belady", "lookahead"):
         if name in results:
             ratios |= {f"{o} / {name}": results[o]["mean step ms"] / results[name]["mean step ms"]
