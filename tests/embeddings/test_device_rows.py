@@ -125,7 +125,7 @@ def test_bits_are_those_of_all_in_memory(device: str, driven: bool, seed: int) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("driven", [False, True])
-@settings(QUICK, max_examples=500)
+@settings(QUICK, max_examples=80)
 @given(seed=st.integers(0, 2**32))
 def test_bits_are_those_of_all_in_memory_in_many_cases(device: str, driven: bool, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

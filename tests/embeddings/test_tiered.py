@@ -34,7 +34,7 @@ from vitalfew.tiers import LFU, LRU, Dram, File, LookAhead
 
 Refuses = Callable[..., AbstractContextManager[None]]
 QUICK = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-WIDE = settings(QUICK, max_examples=1500)
+WIDE = settings(QUICK, max_examples=300)
 SEEDS = st.integers(0, 2**32)
 
 
