@@ -50,6 +50,8 @@ bench: $(VENV)/.demo  ## Run the benchmarks into benchmarks/results and their fi
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/embeddings/$$name.py --out benchmarks/results/$$name.json || missed=1; \
 	done; \
+	echo "== lookahead"; \
+	$(BIN)/python benchmarks/tiers/lookahead.py --out benchmarks/results/lookahead.json || missed=1; \
 	$(BIN)/python docs/figures.py && exit $$missed
 
 clean:  ## Remove .venv and what the checks have cached

@@ -1,7 +1,7 @@
 """What was foretold, and what came: misses and step time on real logs with a tenth of the rows in memory; R1, R7.
 
 For each log a DLRM trains with everything in memory and with a tenth of the rows in memory and the rest on disk, in
-turns. Misses are foretold by `simulate`, the step by the speed of memory and disk measured beforehand. A last part puts
+turns. Misses are foretold by `replay`, the step by the speed of memory and disk measured beforehand. A last part puts
 the rows into Ray actors that wait 2 ms with every answer, and says how much of the moving the loop did not wait for.
 
     python benchmarks/embeddings/foretold.py --folder /nvme/scratch --out benchmarks/results/foretold.json
@@ -29,7 +29,9 @@ from traces import TRACES, Trace
 from vitalfew.core.files import write_document
 from vitalfew.embeddings import EmbeddingBags, Prefetch, RowwiseAdagrad, Table, TieredEmbeddings
 from vitalfew.meter import machine
-from vitalfew.tiers import Dram, File, LookAhead, Remote, simulate
+from vitalfew.tiers import Dram, File, LookAhead, Remote
+from vitalfew.tiers.replay import replay
+from vitalfew.tiers.schedule import Schedule
 from vitalfew.tiers.speed import expected_pages, measure_speed, predict_step
 
 DIM, BATCH = 64, 512
@@ -116,13 +118,20 @@ def run(name: str, folder: Path, share: float) -> dict[str, float]:
             turn += 1
         waited, moving = ahead.waited, ahead.moving
     assert arms[0].losses == arms[1].losses, "rows in tiers differ from rows in memory"
-    found = simulate(trace.ids, trace.batch_offsets, LookAhead(), slots, ahead=2, slots=slots)
+    room = tables.room
+    schedule = Schedule(
+        trace.num_rows, slots, LookAhead(), ahead=2, depth=tables.store.schedule.depth, entries=room.entries
+    )
+    found = replay(
+        ((b["ids"].numpy(), sum(t.nbytes for t in b.values())) for b in batches),
+        schedule, queue_bytes=room.queue_bytes, below=every,
+    )  # fmt: skip
     moves, traffic = tables.moves, tables.store.lower.traffic
     computing, measured = statistics.mean(arms[0].seconds[5:]), statistics.mean(arms[1].seconds[5:])
     n = len(batches)
-    pages = expected_pages(found.misses / n, trace.num_rows, speed.records_per_page)
-    written = found.evicted / n / speed.records_per_page * speed.page_bytes
-    foretold = predict_step(computing, pages, written, speed, rows_moved=found.misses / n)
+    pages = expected_pages(found.missed / n, trace.num_rows, speed.records_per_page)
+    written = found.left / n / speed.records_per_page * speed.page_bytes
+    foretold = predict_step(computing, pages, written, speed, rows_moved=found.missed / n)
     tables.close()
     return {
         "rows": trace.num_rows, "slots": slots, "batches": n,

@@ -93,7 +93,7 @@ def test_it_behaves_like_a_dict(shards: int, record_bytes: int, steps: list[tupl
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(shards=st.integers(1, 4), record_bytes=st.integers(1, 300), steps=steps_of([*ACTIONS, "resume"]))
 def test_it_behaves_like_a_dict_at_length(shards: int, record_bytes: int, steps: list[tuple[str, list[int]]]) -> None:
     _behaves_like_a_dict(shards, record_bytes, steps)
