@@ -18,6 +18,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 default_role = "py:obj"  # one backtick in a docstring names one of our objects
+suppress_warnings = ["ref.python"]  # a field such as `nbytes` is one of several classes' and links to the first
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
