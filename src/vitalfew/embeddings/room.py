@@ -78,20 +78,16 @@ def room_for(memory: Dram, num_rows: int, record_bytes: int, below_bytes: int, p
         parts = _parts(num_rows, slots, record_bytes, below_bytes, policy, entries)
         return Room(slots, entries, queue, parts + queue)
     total = int(budget.value)
-    share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
     per_slot = record_bytes + 29
     # Where everything fits, more memory needs no larger window.
-    share *= min(1.0, 2 * (num_rows * per_slot + below_bytes) / max(total, 1))
-    # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
-    wanted = max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20)
-    queue = int(total * share / 2)
+    wanted, queue = _window_of(min(total, 2 * (num_rows * per_slot + below_bytes)), per_slot, policy)
     free = total - queue - _parts(num_rows, 0, record_bytes, below_bytes, policy, 0)
     entries = Window.entries_for(min(wanted, max(free, 0) // 2))
     fixed = _parts(num_rows, 0, record_bytes, below_bytes, policy, entries) + queue
     slots = min((total - fixed) // per_slot, num_rows)
     if slots < 1:
         least = _parts(num_rows, 0, record_bytes, below_bytes, policy, _FEWEST_ENTRIES) + _FEWEST_ENTRIES * per_slot
-        least = int(least / (1 - share / 2)) + 1
+        least = int(least / (1 - queue / max(total, 1))) + 1
         raise InputError(
             f"{total:,} bytes of memory hold no row: directory and buffers of {num_rows:,} rows take {fixed:,}",
             hint=f"give at least {least:,} bytes, or hash the ids into fewer rows",
@@ -117,7 +113,8 @@ def room_on(memory: Hbm, num_rows: int, record_bytes: int, below_bytes: int, pol
             "on its way in and out",
             hint=f"give at least {BUFFERS * staged + 2 * record_bytes:,} bytes",
         )
-    entries, queue = _window_of(total, record_bytes, policy)
+    wanted, queue = _window_of(total, record_bytes, policy)
+    entries = Window.entries_for(wanted)
     nbytes = (
         _parts(num_rows, slots, 0, below_bytes, policy, entries) - RowStore.bytes_for(0)
         + queue + staging_rows * (record_bytes + BUFFERS * staged)
@@ -126,8 +123,7 @@ def room_on(memory: Hbm, num_rows: int, record_bytes: int, below_bytes: int, pol
 
 
 def _window_of(total: int, per_slot: int, policy: Policy) -> tuple[int, int]:
-    """Return the entries of the window, and the bytes of the queue, for so much memory."""
+    """Return the bytes that suit the window, and those of the queue, for so much memory."""
     share = _WINDOW_SHARE if isinstance(policy, LookAhead) else _WINDOW_SHARE / 4
     # A small memory's batches fill it; their rows, and those of the next, must be in the window at a time.
-    entries = Window.entries_for(max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20))
-    return entries, int(total * share / 2)
+    return max(int(total * share / 2), min(2 * total // per_slot, _MANY_ENTRIES) * 20), int(total * share / 2)
