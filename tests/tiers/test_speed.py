@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import signal
 import time
@@ -28,6 +29,8 @@ def test_measured(tmp_path: Path, record_bytes: int) -> None:
     assert found.page_reads > 100
     assert found.write_bytes > 1e5
     assert found.rows > 1000
+    assert 0 < found.page_seconds <= 1.01 / found.page_reads
+    assert 0 < found.write_seconds
     assert not list(tmp_path.iterdir())
 
 
@@ -71,9 +74,17 @@ def test_refused(tmp_path: Path, record: int, size: int, seconds: float) -> None
 @given(compute=st.floats(0, 10), pages=AMOUNT, written=AMOUNT, rows=AMOUNT)
 def test_a_step_takes_the_longer_or_the_sum(compute: float, pages: float, written: float, rows: float) -> None:
     moving = pages / 1e5 + written / 1e9 + rows / 1e7
-    assert predict_step(compute, pages, written, DISK, rows_moved=rows) == max(compute, moving)
-    assert predict_step(compute, pages, written, DISK, overlap=False, rows_moved=rows) == compute + moving
+    assert predict_step(compute, pages, written, DISK, rows_moved=rows) == pytest.approx(max(compute, moving))
+    assert predict_step(compute, pages, written, DISK, overlap=False, rows_moved=rows) == pytest.approx(compute + moving)
     assert predict_step(compute, 0, 0, DISK) == compute
+
+
+def test_a_mover_without_a_core_of_its_own_holds_the_computing_up() -> None:
+    disk = dataclasses.replace(DISK, page_seconds=1e-6, write_seconds=1e-9)
+    parts = {"rows_moved": 1e5, "planning": 0.002}
+    assert predict_step(1.0, 1000, 1e6, disk, **parts) == 1.0
+    assert predict_step(1.0, 1000, 1e6, disk, **parts, crowded=True) == pytest.approx(1.0 + 0.002 + 0.01 + 0.002)
+    assert predict_step(0.001, 1000, 1e6, disk, **parts, crowded=True) == pytest.approx(0.002 + 0.01 + 0.01 + 0.001)
 
 
 @given(rows=AMOUNT, below=AMOUNT, more=AMOUNT)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
 from vitalfew.core import Prediction
@@ -15,6 +17,7 @@ from vitalfew.embeddings.payoff import step_seconds
 from vitalfew.embeddings.room import Room
 from vitalfew.embeddings.settings import Settings
 from vitalfew.embeddings.tiering import Tiering, ids_of, record_bytes, schedule_for
+from vitalfew.meter import machine
 from vitalfew.tiers.replay import Replayed, replay
 from vitalfew.tiers.speed import Speed, expected_pages, measure_speed, pages_of, predict_step
 
@@ -38,6 +41,8 @@ class Foretold:
         Of the disk and the memory.
     rows_below
         Rows that the disk holds, on average over the run.
+    planning
+        Seconds per step of reading the batches and deciding what moves, measured in the rehearsal.
     """
 
     moved: Replayed
@@ -46,11 +51,15 @@ class Foretold:
     record_bytes: int
     rows_below: float
     overlap: bool
+    planning: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of a step, modelled."""
-        return step_time(self.moved, self.compute, self.speed, self.record_bytes, self.rows_below, overlap=self.overlap)
+        return step_time(
+            self.moved, self.compute, self.speed, self.record_bytes, self.rows_below, overlap=self.overlap,
+            planning=self.planning,
+        )  # fmt: skip
 
     def against(self, moved: Replayed, seconds: float) -> tuple[Prediction, ...]:
         """Return what was foretold beside what a run has moved, and the seconds of its steps."""
@@ -80,13 +89,25 @@ def _row_bytes(moved: Replayed, record: int) -> float:
     return float((moved.missed - moved.fresh + moved.left) * record)
 
 
-def step_time(moved: Replayed, compute: float, speed: Speed, record: int, rows_below: float, *, overlap: bool) -> float:
+def step_time(
+    moved: Replayed,
+    compute: float,
+    speed: Speed,
+    record: int,
+    rows_below: float,
+    *,
+    overlap: bool,
+    planning: float = 0.0,
+) -> float:
     """Return the seconds of a step, modelled, from what all steps move."""
     steps = max(moved.steps, 1)
     read, left = (moved.missed - moved.fresh) / steps, moved.left / steps
     pages = expected_pages(read, rows_below, speed.records_per_page)
     written = left / speed.records_per_page * speed.page_bytes
-    return predict_step(compute, pages, written, speed, overlap, rows_moved=read + left)
+    crowded = torch.get_num_threads() >= machine(())["usable_cores"]
+    return predict_step(
+        compute, pages, written, speed, overlap, rows_moved=read + left, planning=planning, crowded=crowded
+    )
 
 
 def foretell(
@@ -120,13 +141,15 @@ def foretell(
             yield batch
 
     schedule = schedule_for(room, total, tiers.rule(), tiers.ahead)
+    start = time.perf_counter()
     moved = replay(ids_of(kept(), num_rows), schedule, queue_bytes=room.queue_bytes, below=below)
+    planning = (time.perf_counter() - start) / max(moved.steps, 1)
     record = record_bytes(settings)
     # A row is below from its first departure on: half of them on average, where they come one by one.
     at_end, at_start = int((schedule.residency.where < -1).sum()), 0 if below is None else int(below.sum())
     speed = speed_of(store, total, record)
     compute = step_seconds(num_rows, first, settings) if first else 0.0
-    return Foretold(moved, compute, speed, record, (at_start + at_end) / 2, overlap=tiers.ahead > 0)
+    return Foretold(moved, compute, speed, record, (at_start + at_end) / 2, tiers.ahead > 0, planning)
 
 
 def speed_of(store: Path, num_rows: int, record: int) -> Speed:

@@ -20,10 +20,9 @@ from vitalfew.embeddings.rows import Layout
 from vitalfew.embeddings.settings import STORAGE, Settings
 from vitalfew.embeddings.tiered_rows import TieredRows, row_ids
 from vitalfew.tiers.dram import Dram
-from vitalfew.tiers.file import BUFFER_BYTES, MAX_ROWS
+from vitalfew.tiers.file import MAX_ROWS, file_memory
 from vitalfew.tiers.policies import Policy, policy_named
 from vitalfew.tiers.schedule import Schedule
-from vitalfew.tiers.speed import pages_of
 from vitalfew.tiers.window import Window
 
 __all__ = ["POLICIES", "Tiering", "free_memory", "ids_of", "record_bytes", "schedule_for"]
@@ -104,10 +103,10 @@ class Tiering:
             raise InputError(f"the store {self.store} exists and is not an empty folder", hint="choose another --store")
         return dataclasses.replace(self, store=str(store))
 
-    def room(self, num_rows: int, settings: Settings, *, memory: str | None = None, grown: bool = False) -> Room:
-        """Divide the memory among so many rows; `grown`: beside a file as large as it can become."""
+    def room(self, num_rows: int, settings: Settings, *, memory: str | None = None) -> Room:
+        """Divide the memory among so many rows."""
         record = record_bytes(settings)
-        below = BUFFER_BYTES + (9 * pages_of(4 * num_rows, record) + (1 << 16) if grown else 0)
+        below = file_memory(num_rows, record)
         return room_for(Dram(memory or self.memory), num_rows, record, below, self.rule())
 
     def check(self, num_rows: Mapping[str, int], settings: Settings) -> Room:
@@ -150,7 +149,7 @@ class Tiering:
 
     def _suffices(self, total: int, rows: int, settings: Settings, memory: str | None = None) -> bool:
         try:
-            room = self.room(total, settings, memory=memory, grown=True)
+            room = self.room(total, settings, memory=memory)
         except InputError:
             return False
         return room.slots >= rows and room.entries >= rows

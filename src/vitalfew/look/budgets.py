@@ -25,7 +25,7 @@ from vitalfew.embeddings.settings import Settings
 from vitalfew.embeddings.tiering import Tiering, ids_of, record_bytes, schedule_for
 from vitalfew.tiers.curves import lru_curve
 from vitalfew.tiers.dram import Dram
-from vitalfew.tiers.file import BUFFER_BYTES
+from vitalfew.tiers.file import file_memory
 from vitalfew.tiers.policies import Belady, Policy, Static, policy_named
 from vitalfew.tiers.rehearsal import Rehearsal
 from vitalfew.tiers.replay import Replayed, replay
@@ -214,7 +214,8 @@ class _Table:
 
     def room(self, memory: str, policy: str) -> Room:
         """Divide memory as `train` does."""
-        return room_for(Dram(memory), self.num_rows, self.record, BUFFER_BYTES, self._rule(policy, 0))
+        below = file_memory(self.num_rows, self.record)
+        return room_for(Dram(memory), self.num_rows, self.record, below, self._rule(policy, 0))
 
     def problem(self, memory: str, policies: Sequence[str]) -> str:
         """Say why a budget cannot work; nothing where it can."""

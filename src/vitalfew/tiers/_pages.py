@@ -279,7 +279,7 @@ def emptiest(live: Any, start: int, window: int, most: int, fullest: int) -> Any
     window = min(window, len(live))
     histogram = np.zeros(65, np.int64)
     for i in range(window):
-        histogram[_count(live[(start + i) % len(live)])] += 1
+        histogram[_count(np.uint64(live[(start + i) % len(live)]))] += 1
     level, n = 0, 0
     while level < fullest and n < most:
         level += 1
@@ -290,7 +290,7 @@ def emptiest(live: Any, start: int, window: int, most: int, fullest: int) -> Any
         if k == len(pages):
             break
         page = (start + i) % len(live)
-        count = _count(live[page])
+        count = _count(np.uint64(live[page]))
         if count == 0 or count > level:
             continue
         if count == level and histogram[level] <= spare:

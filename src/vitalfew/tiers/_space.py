@@ -10,13 +10,24 @@ from vitalfew.tiers import _pages
 from vitalfew.tiers._direct import FULL, DirectFile
 from vitalfew.tiers.lower import Places
 
-__all__ = ["Longs", "Space"]
+__all__ = ["Longs", "Space", "mask_bytes"]
 
 Longs = NDArray[np.int64]
 
 _GROW_BYTES = 16 << 20
 _SLACK_PAGES = 16
 _WINDOW = 1 << 16
+
+
+def _bits(layout: _pages.Layout) -> type[np.unsignedinteger]:
+    """Return the smallest word with a bit for each record of a page."""
+    return np.uint16 if layout.records_per_page <= 16 else np.uint32 if layout.records_per_page <= 32 else np.uint64
+
+
+def mask_bytes(layout: _pages.Layout, num_rows: int) -> int:
+    """Return the bytes of the masks of a file as large as it can become: four times its rows, and a little more."""
+    pages = 4 * -(-num_rows // layout.records_per_page) + _GROW_BYTES // layout.page_bytes
+    return pages * (np.dtype(_bits(layout)).itemsize + 1)
 
 
 class Space:
@@ -28,7 +39,7 @@ class Space:
 
     def __init__(self, file: DirectFile, layout: _pages.Layout) -> None:
         self._file, self._layout = file, layout
-        self._live = np.zeros(0, np.uint64)
+        self._live = np.zeros(0, _bits(layout))
         self._committed = np.zeros(0, np.bool_)
         self.pages = 0  # that were ever used; those behind them are reserved
         self.rows = self.holding = self.free = (
@@ -42,7 +53,7 @@ class Space:
         return self._live.nbytes + self._committed.nbytes
 
     @property
-    def live(self) -> NDArray[np.uint64]:
+    def live(self) -> NDArray[np.unsignedinteger]:
         """The bits of the live records of each page."""
         return self._live[: self.pages]
 
@@ -149,5 +160,5 @@ class Space:
     def _make_room(self) -> None:
         """Let the masks cover all pages of the file."""
         more = self._file.size // self._layout.page_bytes - len(self._live)
-        self._live = np.concatenate([self._live, np.zeros(more, np.uint64)])
+        self._live = np.concatenate([self._live, np.zeros(more, self._live.dtype)])
         self._committed = np.concatenate([self._committed, np.zeros(more, np.bool_)])

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from vitalfew.core.errors import InputError, StorageError
 from vitalfew.tiers import _commits, _pages
 from vitalfew.tiers._direct import FULL, DirectFile, aligned, storage
-from vitalfew.tiers._space import Longs, Space
+from vitalfew.tiers._space import Longs, Space, mask_bytes
 from vitalfew.tiers.lower import Bytes, Ids, Opened, Places, Traffic
 
-__all__ = ["File", "PageFile"]
+__all__ = ["File", "PageFile", "file_memory"]
 
 BUFFER_BYTES = 4 << 20
 """Size of the one buffer that all pages pass through."""
@@ -143,8 +143,9 @@ class PageFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of main memory: the buffer, the pages' masks, and moved rows not yet asked for."""
-        return self._buffer.nbytes + self._space.nbytes + sum(part.nbytes for part in self._moved or ())
+        """Bytes of main memory: the buffer, the pages' masks however large the file becomes, and moved rows."""
+        masks = max(self._space.nbytes, mask_bytes(self.layout, self._num_rows))
+        return self._buffer.nbytes + masks + sum(part.nbytes for part in self._moved or ())
 
     @property
     def used_pages(self) -> int:
@@ -315,6 +316,11 @@ class PageFile:
             raise
         self._moved = np.concatenate(ids), np.concatenate(new)
         self.release(np.concatenate(old))
+
+
+def file_memory(num_rows: int, record_bytes: int) -> int:
+    """Return the bytes of main memory that a file of so many rows takes beside them, at most."""
+    return BUFFER_BYTES + mask_bytes(_pages.Layout.of(record_bytes), num_rows)
 
 
 def _distinct(pages: NDArray[Any]) -> tuple[Longs, Longs]:

@@ -14,7 +14,7 @@ import numpy as np
 from vitalfew.core import InputError
 from vitalfew.core.errors import StorageError
 from vitalfew.tiers._direct import FULL, DirectFile, aligned, storage
-from vitalfew.tiers._pages import Layout
+from vitalfew.tiers._pages import Layout, fill, take
 from vitalfew.tiers.file import BUFFER_BYTES, File
 from vitalfew.tiers.record import Record
 
@@ -31,7 +31,7 @@ class Speed:
     Attributes
     ----------
     page_reads
-        Random pages read per second.
+        Random pages read and checked per second.
     write_bytes
         Bytes written per second, one page after the other.
     rows
@@ -40,6 +40,8 @@ class Speed:
         Of the pages that were read.
     direct
         Whether the page cache was passed by; if not, what was written is read back from memory.
+    page_seconds, write_seconds
+        Processor time of a page that is read and checked, and of a byte that is written.
     """
 
     page_reads: float
@@ -48,6 +50,8 @@ class Speed:
     page_bytes: int
     records_per_page: int
     direct: bool
+    page_seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 def measure_speed(
@@ -102,31 +106,40 @@ def measure_speed(
         with storage(f"removing {path}"):
             path.unlink(missing_ok=True)  # what is open stays until it is closed, and a killed process leaves nothing
     try:
-        pages, written = _write(file, layout.page_bytes, max_bytes, seconds * 0.4)
-        reads = _read(file, layout.page_bytes, pages, seconds * 0.4)
+        pages, written, write_seconds = _write(file, layout, max_bytes, seconds * 0.4)
+        reads, page_seconds = _read(file, layout, pages, seconds * 0.4)
     finally:
         file.close()
     rows = _gather(record_bytes, min(max_bytes, 64 << 20), seconds * 0.2)
-    return Speed(reads, written, rows, layout.page_bytes, layout.records_per_page, file.direct)
+    return Speed(
+        reads, written, rows, layout.page_bytes, layout.records_per_page, file.direct, page_seconds, write_seconds
+    )
 
 
-def _rate(once: Callable[[], int], seconds: float) -> float:
-    """Return how much per second a function does that says how much it did; the first call warms up."""
+def _rate(once: Callable[[], int], seconds: float) -> tuple[float, float]:
+    """Return how much per second a function does that says how much it did, and its processor time for one.
+
+    The first call warms up.
+    """
     once()
-    done, start = 0, time.perf_counter()
+    done, start, busy = 0, time.perf_counter(), time.thread_time()
     while True:
         done += once()
         spent = time.perf_counter() - start
         if spent >= seconds:
-            return done / spent
+            return done / spent, (time.thread_time() - busy) / done
 
 
-def _write(file: DirectFile, page_bytes: int, max_bytes: int, seconds: float) -> tuple[int, float]:
-    """Write until the file or the time is full; return the pages and the bytes per second, to the disk."""
+def _write(file: DirectFile, layout: Layout, max_bytes: int, seconds: float) -> tuple[int, float, float]:
+    """Write until the file or the time is full; return the pages, and bytes per second and processor time of one."""
+    page_bytes, per_page = layout.page_bytes, layout.records_per_page
     lines = max(1, min(BUFFER_BYTES, max_bytes) // page_bytes)
     buffer = aligned(lines, page_bytes)
-    buffer[:] = np.random.default_rng(0).integers(0, 256, buffer.shape, np.uint8)  # not what a disk could shorten
-    pages, spent = 0, 0.0
+    # Not what a disk could shorten.
+    records = np.random.default_rng(0).integers(0, 256, (lines * per_page, layout.record_bytes), np.uint8)
+    ids = np.arange(len(records))
+    fill(buffer, np.arange(lines), 1, ids, records, layout)  # compiles
+    pages, spent, busy = 0, 0.0, 0.0
     while pages == 0 or ((pages + lines) * page_bytes <= max_bytes and spent < seconds):
         try:
             file.reserve((pages + lines) * page_bytes)  # as `File` does, and not on the clock
@@ -134,23 +147,33 @@ def _write(file: DirectFile, page_bytes: int, max_bytes: int, seconds: float) ->
             if error.errno in FULL and pages:
                 break
             raise
-        start = time.perf_counter()
-        file.write(np.arange(pages, pages + lines) * page_bytes, buffer)
+        start, before = time.perf_counter(), time.thread_time()
+        numbers = np.arange(pages, pages + lines)
+        fill(buffer, numbers, 1, ids, records, layout)
+        file.write(numbers * page_bytes, buffer)
         spent += time.perf_counter() - start
+        busy += time.thread_time() - before
         pages += lines
     start = time.perf_counter()
     file.sync()
-    return pages, pages * page_bytes / (spent + time.perf_counter() - start)
+    spent += time.perf_counter() - start
+    return pages, pages * page_bytes / spent, busy / (pages * page_bytes)
 
 
-def _read(file: DirectFile, page_bytes: int, pages: int, seconds: float) -> float:
-    buffer = aligned(max(1, min(BUFFER_BYTES // page_bytes, pages // 8)), page_bytes)
-    rng = np.random.default_rng(1)
+def _read(file: DirectFile, layout: Layout, pages: int, seconds: float) -> tuple[float, float]:
+    """Read pages and take one record out of each; return pages per second, and the processor time of one."""
+    count, per_page = max(1, min(BUFFER_BYTES // layout.page_bytes, pages // 8)), layout.records_per_page
+    buffer, records = aligned(count, layout.page_bytes), np.empty((count, layout.record_bytes), np.uint8)
+    lines = max(1, min(BUFFER_BYTES // layout.page_bytes, pages))  # of the buffer that was written over and over
+    order, first, rng = np.arange(count), np.arange(count + 1), np.random.default_rng(1)
 
     def once() -> int:
-        some = np.sort(rng.choice(pages, len(buffer), replace=False, shuffle=False))
-        file.read(some * page_bytes, buffer)
-        return len(some)
+        some = np.sort(rng.choice(pages, count, replace=False, shuffle=False))
+        file.read(some * layout.page_bytes, buffer)
+        places = (some * per_page).astype(np.int32)
+        damaged, _ = take(buffer, some, first, order, some % lines * per_page, places, records, layout)
+        assert damaged < 0, "pages come back as they were written"
+        return count
 
     return _rate(once, seconds)
 
@@ -166,7 +189,7 @@ def _gather(record_bytes: int, slab_bytes: int, seconds: float) -> float:
         record.take(rng.integers(0, slots, len(out)).astype(np.int32), out)
         return len(out)
 
-    return _rate(once, seconds)
+    return _rate(once, seconds)[0]
 
 
 def pages_of(rows: int, record_bytes: int) -> int:
@@ -202,6 +225,8 @@ def predict_step(
     overlap: bool = True,
     *,
     rows_moved: float = 0.0,
+    planning: float = 0.0,
+    crowded: bool = False,
 ) -> float:
     """Return the seconds of a training step, modelled: the longer of computing and moving, or both one after another.
 
@@ -216,6 +241,10 @@ def predict_step(
         not.
     rows_moved
         Rows copied between records and slots in a step.
+    planning
+        Seconds that the mover takes to read a batch and decide what moves.
+    crowded
+        Whether computing uses all cores: it then has to wait while the mover computes.
 
     Examples
     --------
@@ -227,5 +256,9 @@ def predict_step(
     -----
     Not in it: pages that the file moves together on its own, commits, and other work on the same disk and cores.
     """
-    moving = pages_read / speed.page_reads + bytes_written / speed.write_bytes + rows_moved / speed.rows
-    return max(compute_seconds, moving) if overlap else compute_seconds + moving
+    own = planning + rows_moved / speed.rows
+    moving = own + pages_read / speed.page_reads + bytes_written / speed.write_bytes
+    if not overlap:
+        return compute_seconds + moving
+    busy = own + pages_read * speed.page_seconds + bytes_written * speed.write_seconds if crowded else 0.0
+    return max(compute_seconds + busy, moving)
