@@ -1,6 +1,6 @@
 """Bring figures up to date: every number in README and cards comes from a receipt or a benchmark, by this script.
 
-    python docs/figures.py                             tables of the cards, from benchmarks/results/*.json
+    python docs/figures.py                             tables and gallery of the pages, from benchmarks/results/*.json
     python docs/figures.py runs/demo/receipt.json      also picture and figures of the README, from this receipt
 
 A place for figures is a pair of comments, ``<!-- figures: NAME -->`` and ``<!-- /figures -->``. Where there is no
@@ -19,12 +19,16 @@ from typing import Any
 from vitalfew.core import Receipt
 from vitalfew.core.files import read_document, write_text
 from vitalfew.report.charts import ladder_chart, pairs_chart
+from vitalfew.report.charts.gallery import Cell, gallery_chart
 from vitalfew.report.charts.svg import fit, text
 from vitalfew.report.figures import amount, headline
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PLACES = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+PLACES = [
+    ROOT / "README.md",
+    *(file for room in ("methods", "guide") for file in sorted((ROOT / "docs" / room).glob("*.md"))),
+]
 PLACE = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- /figures -->", re.DOTALL)
 
 GAP, EDGE, HEAD = 40.0, 24.0, 120.0
@@ -197,11 +201,68 @@ def lookahead_table(body: Mapping[str, Any]) -> str:
     )
 
 
+def methods_table(body: Mapping[str, Any]) -> str:
+    """Return the table of every way on every log."""
+
+    def cell(figures: Mapping[str, Any], name: str, form: str) -> str:
+        found = figures.get(name)
+        if found is None:
+            return "-"
+        shown = [form.format(found[end]) for end in ("median", "low", "high")]
+        return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+    rows = []
+    for result in body["results"]:
+        for way, figures in result["ways"].items():
+            moved = figures["row bytes per sample"]["median"]
+            cells = (
+                f"{result['log']}, {way}",
+                amount(figures["samples per s"]["median"], "samples/s"),
+                cell(figures, "times in memory", "{:.2f}"),
+                cell(figures, "times prefetch", "{:.2f}"),
+                amount(moved, "B") if moved else "-",
+                cell(figures, "AUC", "{:.4f}"),
+                cell(figures, "log loss", "{:.4f}"),
+                cell(figures, "calibration", "{:.3f}"),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    memory = ", ".join(f"{result['log']} {result['memory']}" for result in body["results"])
+    return "\n".join(
+        (
+            "![Speed of every way on every log](../images/gallery.svg)",
+            "",
+            f"Measured on {machine_of(body['machine'])}; one epoch of a DLRM, batches of 512,",
+            f"median of {body['seeds']} seeds (range). Share of the rows in memory, where the others are on disk:",
+            f"{memory}. Plain and in memory have them all.",
+            "",
+            "| log, way | speed | times in memory | times prefetch | row bytes moved per sample | AUC | log loss "
+            "| calibration |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
+def gallery(body: Mapping[str, Any]) -> str:
+    """Return the picture of every way's speed on every log, in times of prefetch, and where the AUC differs."""
+    cells: dict[str, dict[str, Cell]] = {}
+    for result in body["results"]:
+        for way, figures in result["ways"].items():
+            times, difference = figures["times prefetch"], figures["AUC difference"]["median"]
+            if way != "prefetch":
+                cell = Cell(times["median"], times["low"], times["high"], difference)
+                cells.setdefault(result["log"], {})[way] = cell
+    chart = gallery_chart(cells, body["tolerance"], baseline="prefetch")
+    return chart.replace("<title>", f"<style>{style()}</style><title>", 1) + "\n"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "optimizer": optimizer_table,
     "end_to_end": end_to_end_table,
     "dram_budget": dram_budget_table,
     "lookahead": lookahead_table,
+    "methods": methods_table,
 }
 
 
@@ -225,6 +286,9 @@ def main(arguments: list[str]) -> None:
     receipt = Receipt.load(arguments[0]) if arguments else None
     if receipt:
         write_text(ROOT / "docs" / "images" / "demo.svg", picture(receipt))
+    if (RESULTS / "methods.json").exists():
+        body = read_document(RESULTS / "methods.json", "benchmark", 1)
+        write_text(ROOT / "docs" / "images" / "gallery.svg", gallery(body))
     for file in PLACES:
         write_text(file, updated(file.read_text(encoding="utf-8"), receipt))
 

@@ -9,7 +9,6 @@ with its fields in order. Pairs are shuffled with a seed; bags and contexts stay
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitalfew.data.implicit import Pairs, read_adjacency, read_bags, read_libfm, read_pairs
 from vitalfew.data.synthetic import CriteoLike
 
 FOLDER = Path(os.environ.get("VITALFEW_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "recsys"
@@ -42,11 +42,6 @@ class Trace(NamedTuple):
         return [list(dict.fromkeys(ids[a:b])) for a, b in itertools.pairwise(cut)]
 
 
-def _read(name: str) -> str:
-    with gzip.open(FOLDER / name, "rt") as file:
-        return file.read()
-
-
 def _fields(columns: np.ndarray, batch_size: int, num_rows: int) -> Trace:
     """Return a trace of samples that have one id for each field, (samples, fields)."""
     samples, fields = columns.shape
@@ -54,40 +49,30 @@ def _fields(columns: np.ndarray, batch_size: int, num_rows: int) -> Trace:
     return Trace(np.ascontiguousarray(columns, np.int64).ravel(), starts * fields, num_rows)
 
 
-def _pairs(users: np.ndarray, items: np.ndarray, batch_size: int, seed: int) -> Trace:
-    num_users = int(users.max()) + 1
-    pairs = np.stack([users, items + num_users], axis=1)
-    shuffled = pairs[np.random.default_rng(seed).permutation(len(pairs))]
-    return _fields(shuffled, batch_size, num_users + int(items.max()) + 1)
-
-
-def _adjacency(name: str, batch_size: int, seed: int) -> Trace:
-    rows = [np.array(line.split(), np.int64) for line in _read(name).splitlines()]
-    users = np.repeat([row[0] for row in rows], [len(row) - 1 for row in rows])
-    return _pairs(users, np.concatenate([row[1:] for row in rows]), batch_size, seed)
+def _pairs(pairs: Pairs, batch_size: int, seed: int) -> Trace:
+    columns = np.stack([pairs.users, pairs.items + pairs.num_users], axis=1)
+    shuffled = columns[np.random.default_rng(seed).permutation(len(columns))]
+    return _fields(shuffled, batch_size, pairs.num_users + pairs.num_items)
 
 
 def _bags(name: str, batch_size: int) -> Trace:
-    bags = [line.split() for line in _read(name).splitlines()]
-    ids = np.array([id_ for bag in bags for id_ in bag], np.int64)
-    ends = np.concatenate([[0], np.cumsum([len(bag) for bag in bags])])
-    return Trace(ids, np.append(ends[:-1:batch_size], ends[-1]), int(ids.max()) + 1)
+    ids, offsets = read_bags(FOLDER / name)
+    return Trace(ids, np.append(offsets[:-1:batch_size], offsets[-1]), int(ids.max()) + 1)
 
 
 def amazon_book(batch_size: int = 512, seed: int = 0) -> Trace:
     """Return (user, item) pairs of Amazon Books, shuffled."""
-    return _adjacency("amazon-book/test.txt.gz", batch_size, seed)
+    return _pairs(read_adjacency(FOLDER / "amazon-book" / "test.txt.gz"), batch_size, seed)
 
 
 def gowalla(batch_size: int = 512, seed: int = 0) -> Trace:
     """Return (user, place) pairs of Gowalla, shuffled."""
-    return _adjacency("gowalla/test.txt.gz", batch_size, seed)
+    return _pairs(read_adjacency(FOLDER / "gowalla" / "test.txt.gz"), batch_size, seed)
 
 
 def video_games(batch_size: int = 512, seed: int = 0) -> Trace:
     """Return (user, item) events of Amazon Video Games, shuffled."""
-    events = np.array(_read("video-games/Video.txt.gz").split(), np.int64).reshape(-1, 2)
-    return _pairs(events[:, 0], events[:, 1], batch_size, seed)
+    return _pairs(read_pairs(FOLDER / "video-games" / "Video.txt.gz"), batch_size, seed)
 
 
 def retail(batch_size: int = 512) -> Trace:
@@ -102,9 +87,8 @@ def kosarak(batch_size: int = 512) -> Trace:
 
 def frappe(batch_size: int = 512) -> Trace:
     """Return the ten context ids of each row of Frappe, validation part then test part, in file order."""
-    text = _read("frappe/validation.libfm.gz") + _read("frappe/test.libfm.gz")
-    rows = [[int(pair.partition(":")[0]) for pair in line.split()[1:]] for line in text.splitlines()]
-    return _fields(np.array(rows), batch_size, 5382)
+    parts = [read_libfm(FOLDER / "frappe" / f"{part}.libfm.gz").fields() for part in ("validation", "test")]
+    return _fields(np.concatenate(parts), batch_size, 5382)
 
 
 def criteo_like(num_batches: int = 200, batch_size: int = 2048, seed: int = 0) -> Trace:

@@ -121,7 +121,7 @@ def test_the_receipt(cli: Cli, log: Path, tmp_path: Path) -> None:
     assert "modelled" in step.basis
     assert receipt.environment["tiers"]["memory"] == "70%"
     about = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert about["version"] == 2
+    assert about["version"] == 3
     assert about["tiers"] == {"memory": "70%", "store": None, "policy": "lookahead", "ahead": 2, "depth": 200}
     assert cli("receipt", "show", "a/receipt.json").code == 0
 

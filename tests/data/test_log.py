@@ -197,3 +197,17 @@ def test_wrong_batches(logs, options, message):
     for epoch, start in ((-1, 0), (0, 14), (0, -1)):
         with pytest.raises(InputError, match=f"no batch {start} in epoch {epoch}; an epoch has 13 batches"):
             Batches(logs[0], 64).epoch(epoch, start)
+
+
+def test_rows_of_any_numbers(logs):
+    train, *_ = logs
+    whole = train.block(0, len(train))
+    rng = np.random.default_rng(0)
+    for numbers in (rng.permutation(len(train)), rng.integers(0, len(train), 50), np.empty(0, np.int64), [799, 0, 799]):
+        found = train.rows(numbers)
+        assert same(found, whole.take(np.asarray(numbers)))
+        assert (found.ids.dtype, found.dense.dtype, found.label.dtype) == (np.int64, np.float32, np.float32)
+        assert (found.ids.flags.writeable and found.ids.base is None) or not found.ids.size
+    for wrong in ([800], [-1], [0.5], [[1]], True):
+        with pytest.raises(InputError, match=r"800|-1|float64|shape"):
+            train.rows(wrong)

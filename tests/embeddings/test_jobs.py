@@ -20,6 +20,7 @@ from vitalfew.embeddings.metrics import binary_metrics
 from vitalfew.embeddings.options import LogOptions
 from vitalfew.embeddings.preparing import check_memory
 from vitalfew.embeddings.settings import Settings
+from vitalfew.embeddings.tiering import Tiering
 
 OPTIONS = LogOptions("click", time="ts")
 SMALL = Settings(dim=4, bottom=(8,), top=(8,), batch_size=64, epochs=3)
@@ -77,6 +78,18 @@ def test_resumed_equals_uninterrupted(log: str, tmp_path: Path, optimizer: str, 
     assert weights(cut) == weights(whole)
     assert "resumed at step 6 of 8; the times count the last sitting only" in receipt.notes
     assert receipt.to_dict() == Receipt.load(cut / "receipt.json").to_dict()
+
+
+def test_stopped_between_the_last_step_and_the_model(log: str, tmp_path: Path) -> None:
+    """Rows over a disk are committed then, and the next sitting has no step left to do."""
+    tiers = Tiering("8MiB")
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train_log(log, OPTIONS, SMALL, tmp_path / "a", pairs=0, tiers=tiers, progress=stop_at(0.0, "test"))
+    receipt = jobs.resume_log(tmp_path / "a")
+    whole = jobs.train_log(log, OPTIONS, SMALL, tmp_path / "b", pairs=0, tiers=tiers)
+    quality = [[line.after for line in each.lines if "AUC" in line.what] for each in (receipt, whole)]
+    assert quality[0] == quality[1] != []
+    assert any("resumed at step 27 of 27" in note for note in receipt.notes)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])

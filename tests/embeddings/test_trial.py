@@ -9,7 +9,7 @@ import pytest
 
 from vitalfew.core import Rule
 from vitalfew.data import Encoded, EncodedLog, Encoder, infer_schema, open_log, write_log
-from vitalfew.embeddings import peak, trial
+from vitalfew.embeddings import course, peak, trial
 from vitalfew.embeddings.payoff import predict_payoff
 from vitalfew.embeddings.peak import peak_memory
 from vitalfew.embeddings.settings import Settings, build_arm
@@ -36,7 +36,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Logs:
 
 def test_two_equal_arms_have_equal_quality(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With plain PyTorch in both arms every figure of quality is the same bit for bit."""
-    monkeypatch.setattr(trial, "build_arm", lambda *args, plain: build_arm(*args, plain=True))
+    monkeypatch.setattr(trial, "build_arm", lambda *args, plain, **rest: build_arm(*args, plain=True))
     found = paired_trial(*logs, SMALL, RULE, pairs=2)
     for base, few in zip(found.runs["base"], found.runs["few"], strict=True):
         assert base.metrics == few.metrics
@@ -46,14 +46,14 @@ def test_two_equal_arms_have_equal_quality(logs: Logs, monkeypatch: pytest.Monke
 
 def test_both_arms_see_the_same_rows_and_take_turns(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bytes]] = []
-    step = trial.train_step
+    step = course.train_step
 
     def watched(model: Any, optimizers: Any, batch: Encoded) -> Any:
         seen.append((type(model.tables).__name__, batch.ids.tobytes()))
         return step(model, optimizers, batch)
 
     monkeypatch.setattr(trial, "_warm_up", lambda *args: None)
-    monkeypatch.setattr(trial, "train_step", watched)
+    monkeypatch.setattr(course, "train_step", watched)
     steps: list[int] = []
     found = paired_trial(*logs, SMALL, RULE, pairs=1, max_steps=11, progress=steps.append)
     ours = [ids for name, ids in seen if name == "EmbeddingBags"]

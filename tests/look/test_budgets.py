@@ -18,7 +18,7 @@ from vitalfew.embeddings.tiering import Tiering
 from vitalfew.look import budgets as module
 from vitalfew.look import look_at_budgets
 from vitalfew.look.budgets import MemoryLook
-from vitalfew.look.page import answer, budget_table, facts, write_budgets
+from vitalfew.look.page import answer, budget_table, facts, write_page
 from vitalfew.report.charts import miss_ratio_chart
 from vitalfew.tiers.speed import Speed
 
@@ -148,7 +148,7 @@ def test_refused(log: str, budgets: list[str], policies: list[str], more: dict[s
 
 
 def test_the_page(look: MemoryLook, tmp_path: Path) -> None:
-    write_budgets(look, "How much <memory>?", tmp_path / "look.html")
+    write_page(tmp_path / "look.html", "How much <memory>?", memory=look)
     text = (tmp_path / "look.html").read_text()
     assert "How much &lt;memory&gt;?" in text
     assert "<script" not in text

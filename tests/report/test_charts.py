@@ -10,6 +10,7 @@ import pytest
 
 from vitalfew.core import Curve, Line, Pair, Prediction, Quality
 from vitalfew.report.charts import coverage_chart, ladder_chart, pairs_chart, prediction_chart
+from vitalfew.report.charts.gallery import Cell, gallery_chart
 from vitalfew.report.charts.svg import Axis, spaced, text_width
 
 
@@ -95,3 +96,45 @@ def test_labels_never_touch() -> None:
     kept = spaced([(float(x), f"{x}x more") for x in range(0, 480, 7)], (0.0, 480.0))
     for (_, a, first), (_, b, second) in itertools.pairwise(sorted(kept)):
         assert b - a >= (text_width(first, 11.0) + text_width(second, 11.0)) / 2
+
+
+def gallery(logs: int, methods: int) -> dict[str, dict[str, Cell]]:
+    def cell(i: int, j: int) -> Cell:
+        times = 2.0 ** ((i + 2 * j) % 5 - 2)
+        return Cell(times, 0.9 * times, 1.2 * times, -0.004 if (i + j) % 3 == 0 else 0.0004)
+
+    return {f"log {i}": {f"method {j}": cell(i, j) for j in range(methods)} for i in range(logs)}
+
+
+def test_faster_lies_right_and_slower_left_on_one_scale() -> None:
+    svg = gallery_chart({"a": {"x": Cell(2.0, 2.0, 2.0), "y": Cell(0.5, 0.5, 0.5)}}, 0.001)
+    faster, slower = elements(svg, "rect", "ours")
+    middle = float(elements(svg, "line", "centre")[0].get("x1", 0))
+    assert float(faster.get("x", 0)) == pytest.approx(middle, abs=0.1)
+    assert float(slower.get("x", 0)) + float(slower.get("width", 0)) == pytest.approx(middle, abs=0.1)
+    assert faster.get("width") == slower.get("width")
+
+
+def test_a_difference_is_marked_where_it_exceeds_the_tolerance() -> None:
+    cells = {str(d): Cell(1.2, 1.1, 1.3, d) for d in (None, 0.0, 0.001, -0.0011, 0.002)}
+    svg = gallery_chart({"log": cells}, 0.001)
+    assert len(elements(svg, "rect", "ours")) == 5
+    assert len(elements(svg, "rect", "hollow")) == 2
+    assert [e.text for e in elements(svg, "text", "tick") if (e.text or " ")[0] in "+-"] == ["-.001", "+.002"]
+
+
+@pytest.mark.parametrize("logs", [1, 4, 9])
+def test_bars_stay_in_their_column(logs: int) -> None:
+    svg = gallery_chart(gallery(logs, 7), 0.001)
+    middles = {float(e.get("x1", 0)) for e in elements(svg, "line", "centre")}
+    assert len(middles) == logs
+    half = (480 - 92) / logs / 2
+    for bar in elements(svg, "rect", "ours"):
+        x, width = float(bar.get("x", 0)), float(bar.get("width", 0))
+        assert any(middle - half <= x and x + width <= middle + half for middle in middles)
+
+
+def test_a_method_that_a_log_lacks_leaves_a_gap() -> None:
+    svg = gallery_chart({"a": {"x": Cell(1, 1, 1), "y": Cell(1, 1, 1)}, "b": {"y": Cell(1, 1, 1)}}, 0.001)
+    assert len(elements(svg, "rect", "ours")) == 3
+    assert [e.text for e in elements(svg, "text", "name")] == ["x", "y"]

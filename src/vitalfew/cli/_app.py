@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vitalfew import __version__
-from vitalfew.cli import _about, _logs
+from vitalfew.cli import _about, _export, _logs
 from vitalfew.cli._output import fail, say
 from vitalfew.cli._receipts import receipts
 
@@ -31,6 +31,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     _logs.look,
     _logs.train,
     _logs.predict,
+    _export.export,
     _about.methods,
     _about.doctor,
 )

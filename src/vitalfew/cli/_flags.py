@@ -31,6 +31,7 @@ TestShare = Annotated[float, typer.Option(help="Share of the rows to test on.")]
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="parquet, csv, tsv or criteo; else by suffix.")]
 BadRows = Annotated[str, typer.Option(help="What to do with malformed rows: error or skip.")]
 
+Model = Annotated[str, typer.Option(help="dlrm, dcn, deepfm, wide-deep or adrec.")]
 Dim = Annotated[int, typer.Option(help="Width of the embedding rows.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adagrad, rowwise_adagrad or adam.")]
 Widths = Annotated[str, typer.Option(help="Widths of the hidden layers.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ def look(
     hash_rows: flag.HashRows = None,
     direct: flag.Direct = "",
     min_count: flag.MinCount = 1,
+    model: flag.Model = "dlrm",
     dim: flag.Dim = 16,
     bottom: flag.Widths = "256,64",
     top: flag.Widths = "256,64",
@@ -61,7 +63,17 @@ def look(
     store: Annotated[
         str | None, typer.Option(help="With --budget: where rows would be kept; that disk is measured.")
     ] = None,
-    report: Annotated[str | None, typer.Option(help="With --budget: write a page with the chart here.")] = None,
+    drift: Annotated[bool, typer.Option("--drift", help="Show how columns change over time; needs --time.")] = False,
+    slices: Annotated[int, typer.Option(help="With --drift: stretches of time; the first is the base.")] = 8,
+    reference: Annotated[
+        float | None, typer.Option(help="With --drift: the share of the rows that makes the base instead.")
+    ] = None,
+    models: Annotated[
+        str, typer.Option(help="With --drift: train these on the base and follow their AUC, such as dlrm,dcn,adrec.")
+    ] = "",
+    report: Annotated[
+        str | None, typer.Option(help="With --budget or --drift: write a page with the charts here.")
+    ] = None,
     log_format: flag.LogFormat = None,
     bad_rows: flag.BadRows = "error",
     output: flag.Output = Format.text,
@@ -70,30 +82,54 @@ def look(
     from vitalfew.cli._progress import bars
 
     if budget is None:
-        _refuse_alone(ctx, ("policies", "ahead", "depth", "batches", "store", "report"), "--budget 1%,5%,10%,20%")
+        _refuse_alone(ctx, ("policies", "ahead", "depth", "batches", "store"), "--budget 1%,5%,10%,20%")
+    if not drift:
+        _refuse_alone(ctx, ("slices", "reference", "models"), "--drift")
+    if budget is None and not drift:
+        _refuse_alone(ctx, ("report",), "--budget 1%,5%,10%,20% or --drift")
     from vitalfew.embeddings.settings import Settings
     from vitalfew.look import look_at_budgets, look_at_log
+    from vitalfew.look.drift import look_at_drift
 
-    settings = Settings(dim, flag.widths(bottom), flag.widths(top), optimizer, batch_size=batch_size, storage=storage)
+    settings = Settings(
+        dim, flag.widths(bottom), flag.widths(top), optimizer, batch_size=batch_size, storage=storage, model=model
+    )
     options, path, memory = flag.log_options(ctx.params), flag.log_path(log), None
+    drifted, followed = None, {}
     with bars() as show:
+        if drift:
+            drifted = look_at_drift(path, options, slices, reference=reference, progress=show)
+        if models:
+            from vitalfew.embeddings.slices import models_by_slice
+
+            followed = models_by_slice(
+                path, options, flag.split(models), slices, reference=reference, settings=settings, progress=show
+            )
         if budget is not None:
             memory = look_at_budgets(
                 path, options, settings, flag.split(budget), flag.split(policies), ahead=ahead, depth=depth,
                 most_batches=batches, store=store, progress=show,
             )  # fmt: skip
         seen = look_at_log(path, options, settings, progress=show)
-    if report is not None and memory is not None:
-        from vitalfew.look.page import write_budgets
+    if report is not None:
+        from vitalfew.look.page import write_page
 
-        write_budgets(memory, f"How much memory for {Path(log[0]).name}?", report)
+        asked = "How does {} drift?" if memory is None else "How much memory for {}?"
+        write_page(report, asked.format(Path(log[0]).name), memory=memory, drift=drifted, models=followed)
         say(f"report: {report}")
     if output is Format.json:
-        print_json(seen.to_dict() | ({} if memory is None else {"memory": memory.to_dict()}))
+        found = seen.to_dict() | ({} if memory is None else {"memory": memory.to_dict()})
+        if drifted is not None:
+            found |= {"drift": drifted.to_dict()}
+        if followed:
+            found |= {"models": {name: [dataclasses.asdict(each) for each in followed[name]] for name in followed}}
+        print_json(found)
     else:
-        from vitalfew.cli._tables import show_budgets, show_look
+        from vitalfew.cli._tables import show_budgets, show_drift, show_look
 
         show_look(seen)
+        if drifted is not None:
+            show_drift(drifted, followed)
         if memory is not None:
             show_budgets(memory)
 
@@ -113,6 +149,7 @@ def train(
     direct: flag.Direct = "",
     min_count: flag.MinCount = 1,
     test_share: flag.TestShare = 0.2,
+    model: flag.Model = "dlrm",
     dim: flag.Dim = 16,
     bottom: flag.Widths = "256,64",
     top: flag.Widths = "256,64",
@@ -134,6 +171,13 @@ def train(
     ] = "lookahead",
     ahead: flag.Ahead = 2,
     depth: flag.Depth = 200,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What acts on the batches: fused (nothing more), hot-rows, split-batches, skip-rows, skip-inputs, "
+            "several joined by +, or auto, which tries them and keeps what pays."
+        ),
+    ] = "fused",
     pairs: Annotated[int, typer.Option(help="Paired runs against plain PyTorch for the receipt; 0 for none.")] = 3,
     trial_steps: Annotated[int, typer.Option(help="Steps of each paired run.")] = 40,
     tolerance: Annotated[float, typer.Option(help="How much AUC may fall.")] = 0.001,
@@ -143,7 +187,7 @@ def train(
     bad_rows: flag.BadRows = "error",
     output: flag.Output = Format.text,
 ) -> None:
-    """Train a DLRM on a click log, and leave model and receipt."""
+    """Train a model on a click log, and leave model and receipt."""
     from vitalfew.cli._progress import bars
     from vitalfew.core import InputError
 
@@ -160,7 +204,7 @@ def train(
             receipt = resume_log(out, checkpoint_seconds=checkpoint_seconds, progress=show, say=say)
         else:
             settings = Settings(
-                dim, flag.widths(bottom), flag.widths(top), optimizer, lr, batch_size, epochs, seed, storage
+                dim, flag.widths(bottom), flag.widths(top), optimizer, lr, batch_size, epochs, seed, storage, model
             )
             receipt = train_log(
                 flag.log_path(log or []),
@@ -172,6 +216,7 @@ def train(
                 tolerance=tolerance,
                 checkpoint_seconds=checkpoint_seconds,
                 tiers=_tiering(ctx),
+                method=method,
                 command=command_line(),
                 progress=show,
                 say=say,

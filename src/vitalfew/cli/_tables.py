@@ -10,8 +10,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from vitalfew.look import Look, MemoryLook
+    from vitalfew.look.drift import DriftLook
+    from vitalfew.look.drift_page import Models
 
-__all__ = ["show_budgets", "show_doctor", "show_look", "show_methods"]
+__all__ = ["show_budgets", "show_doctor", "show_drift", "show_look", "show_methods"]
 
 
 def _console() -> Console:
@@ -75,6 +77,27 @@ def show_budgets(look: MemoryLook) -> None:
     for fact in facts(look):
         console.print(fact, markup=False)
     console.print(answer(look), markup=False, style="bold")
+
+
+def show_drift(look: DriftLook, models: Models) -> None:
+    """Print how far each column is from the base in each slice of time, and how models trained on the base do."""
+    from vitalfew.look.drift_page import column_table, drift_answer, drift_facts, model_table, slice_table
+
+    console = _console()
+    for seen in (slice_table(look), column_table(look), *([model_table(models)] if models else [])):
+        words = sum(name not in seen.numeric for name in seen.columns)
+        table = _table(
+            *(name if "PSI" in name or "AUC" in name else name.lower() for name in seen.columns), right=words
+        )
+        table.collapse_padding = True
+        for row in seen.rows:
+            table.add_row(*(escape(cell.text) for cell in row))
+        console.print()
+        console.print(table)
+    console.print()
+    for fact in drift_facts(look):
+        console.print(fact, markup=False)
+    console.print(drift_answer(look), markup=False, style="bold")
 
 
 def show_methods(methods: list[dict[str, str]]) -> None:

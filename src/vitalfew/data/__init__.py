@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from vitalfew.data.batches import Batches
     from vitalfew.data.encode import Encoder
     from vitalfew.data.encoded import Encoded
+    from vitalfew.data.implicit import Bags, LibFM, Pairs, read_adjacency, read_bags, read_libfm, read_pairs
     from vitalfew.data.infer import infer_schema
     from vitalfew.data.log import EncodedLog, write_log
+    from vitalfew.data.negatives import Samples, negatives
     from vitalfew.data.readers import LogReader, open_log
     from vitalfew.data.schema import Column, Schema
-    from vitalfew.data.split import is_test, time_cutoff
+    from vitalfew.data.split import is_test, time_cutoff, time_slices
     from vitalfew.data.vocabulary import Direct, Hashed, Vocabulary, VocabularyBuilder
 
 __all__ = [
+    "Bags",
     "Batches",
     "Column",
     "Direct",
@@ -27,14 +30,23 @@ __all__ = [
     "EncodedLog",
     "Encoder",
     "Hashed",
+    "LibFM",
     "LogReader",
+    "Pairs",
+    "Samples",
     "Schema",
     "Vocabulary",
     "VocabularyBuilder",
     "infer_schema",
     "is_test",
+    "negatives",
     "open_log",
+    "read_adjacency",
+    "read_bags",
+    "read_libfm",
+    "read_pairs",
     "time_cutoff",
+    "time_slices",
     "write_log",
 ]
 
@@ -46,7 +58,9 @@ _NAMES_IN = {
     "log": ("EncodedLog", "write_log"),
     "readers": ("LogReader", "open_log"),
     "schema": ("Column", "Schema"),
-    "split": ("is_test", "time_cutoff"),
+    "implicit": ("Bags", "LibFM", "Pairs", "read_adjacency", "read_bags", "read_libfm", "read_pairs"),
+    "negatives": ("Samples", "negatives"),
+    "split": ("is_test", "time_cutoff", "time_slices"),
     "vocabulary": ("Direct", "Hashed", "Vocabulary", "VocabularyBuilder"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}

@@ -29,7 +29,7 @@ _TYPES = {"f32": "<f4", "i32": "<i4", "i64": "<i8"}
 
 @dataclass(frozen=True, slots=True)
 class EncodedLog:
-    """Encoded rows in a folder; `block` reads some of them.
+    """Encoded rows in a folder; `block` reads those of a span, `rows` any.
 
     Attributes
     ----------
@@ -123,6 +123,46 @@ class EncodedLog:
             self._read("label.f32", start, stop),
             self._read("time.i64", start, stop) if self.has_time else None,
         )
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Encoded:
+        """Return the rows of these numbers, in the order named.
+
+        Notes
+        -----
+        Cost: reads the pages these rows lie on, and copies the rows. For whole epochs in random order from a disk
+        `Batches` reads more at a time.
+        """
+        at = np.asarray(numbers)
+        if at.ndim != 1 or at.dtype.kind not in "iu":
+            raise InputError(f"row numbers are a list of integers, got {at.dtype} of shape {at.shape}")
+        if len(at) and not 0 <= at.min() <= at.max() < self.num_rows:
+            raise InputError(f"rows {at.min()} to {at.max()} are not all within 0 to {self.num_rows - 1}")
+        width, offsets = len(self.features), None
+        if self.is_jagged:
+            bags = self._map("offsets.i64")[at[:, None] * width + np.arange(width + 1)].astype(np.int64)
+            offsets = np.concatenate(([0], np.cumsum(np.diff(bags).reshape(-1)))).astype(np.int64)
+            shift = bags[:, 0] - offsets[:-1:width]
+            lengths = bags[:, -1] - bags[:, 0]
+            ids = self._map(self._ids_name())[np.arange(offsets[-1]) + np.repeat(shift, lengths)]
+        else:
+            ids = self._map(self._ids_name()).reshape(-1, width)[at]
+        return Encoded(
+            self._map("dense.f32").reshape(-1, self.num_dense)[at].astype(np.float32, copy=False)
+            if self.num_dense
+            else np.zeros((len(at), 0), np.float32),
+            ids.astype(np.int64, copy=False),
+            offsets,
+            self._map("label.f32")[at].astype(np.float32, copy=False),
+            self._map("time.i64")[at].astype(np.int64, copy=False) if self.has_time else None,
+        )
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        """Map a file; it counts as memory in use only until what was taken from it has been copied."""
+        length = self._lengths()[name]
+        if not length:
+            return np.empty(0, _TYPES[name[-3:]])
+        # As plain arrays: indexing a memmap would return another one.
+        return np.asarray(np.memmap(self.folder / name, _TYPES[name[-3:]], "r", shape=(length,)))
 
     def _read(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         dtype = np.dtype(_TYPES[name[-3:]])

@@ -15,7 +15,7 @@ from vitalfew.data._values import times
 if TYPE_CHECKING:
     from vitalfew.data.readers import LogReader
 
-__all__ = ["is_test", "time_cutoff"]
+__all__ = ["is_test", "time_cutoff", "time_slices"]
 
 Times = npt.NDArray[np.int64]
 
@@ -51,21 +51,76 @@ def time_cutoff(
     million drawn with a fixed seed.
     """
     _check_share(test_share)
+    values, exact = _times(reader, column, progress)
+    first, last = int(values.min()), int(values.max())
+    if first == last:
+        raise InputError(f"the time `{column}` is {first} in every row", hint="leave --time out to split at random")
+    at = _place(len(values), test_share)
+    cutoff = int(np.partition(values, at)[at])
+    if cutoff == last:
+        cutoff = int(values[values < last].max())
+    return cutoff, exact
+
+
+def time_slices(
+    reader: LogReader,
+    column: str,
+    slices: int,
+    first_share: float | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Times, bool]:
+    """Return the last time of each slice of a log, and whether these are exact.
+
+    Parameters
+    ----------
+    slices
+        The first slice has `first_share` of the rows, the others are of equal size; all are where it is None. There
+        are fewer where many rows share a time, for these stay together; `time_cutoff` cuts at the same place.
+
+    Raises
+    ------
+    InputError
+        If all times are equal.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from vitalfew.data.readers import open_log
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "log.csv"
+    >>> _ = file.write_text("click,day" + "".join(chr(10) + f"1,{day}" for day in range(10)))
+    >>> time_slices(open_log(file), "day", 3, 0.5)
+    (array([4, 7, 9]), True)
+
+    Notes
+    -----
+    Cost: as for `time_cutoff`.
+    """
+    if slices < 2:
+        raise InputError(f"a log is compared over at least 2 slices, got {slices}", hint="8 is usual")
+    share = 1 / slices if first_share is None else first_share
+    _check_share(share, "the share of the first slice")
+    values, exact = _times(reader, column, progress)
+    values.sort()
+    if values[0] == values[-1]:
+        raise InputError(f"the time `{column}` is {values[0]} in every row", hint="name a column that has the time")
+    later = np.linspace(1 - share, 0, slices)
+    cuts = values[[_place(len(values), left) for left in later]]
+    cuts[0] = min(cuts[0], values[values < values[-1]][-1])  # something has to be later
+    return np.unique(cuts), exact
+
+
+def _place(num_rows: int, later: float) -> int:
+    """Return the place of the last of the sorted times when a share of the rows is to be later."""
+    return max(num_rows - int(later * num_rows + 1e-6), 1) - 1  # 0.99 * 1000 may fall just short of 990
+
+
+def _times(reader: LogReader, column: str, progress: Callable[[float], None] | None) -> tuple[Times, bool]:
     sample = _TimeSample(_EXACT_ROWS, _SAMPLE_ROWS)
     row = 0
     for batch in reader.batches([column], progress=progress):
         sample.add(times(batch.column(0), column, row))
         row += batch.num_rows
-    values = sample.values()
-    first, last = int(values.min()), int(values.max())
-    if first == last:
-        raise InputError(f"the time `{column}` is {first} in every row", hint="leave --time out to split at random")
-    num_test = int(test_share * len(values) + 1e-6)  # 0.99 * 1000 may fall just short of 990
-    at = max(len(values) - num_test, 1) - 1
-    cutoff = int(np.partition(values, at)[at])
-    if cutoff == last:
-        cutoff = int(values[values < last].max())
-    return cutoff, sample.exact
+    return sample.values(), sample.exact
 
 
 def is_test(rows: npt.NDArray[np.int64], share: float, seed: int = 0) -> npt.NDArray[np.bool_]:
@@ -83,9 +138,9 @@ def is_test(rows: npt.NDArray[np.int64], share: float, seed: int = 0) -> npt.NDA
     return np.asarray(mix_integers(rows.astype(np.uint64), np.uint64(salt)) < np.uint64(int(share * 2**64)))
 
 
-def _check_share(share: float) -> None:
+def _check_share(share: float, name: str = "test_share") -> None:
     if not 0 < share < 1:
-        raise InputError(f"test_share must lie between 0 and 1, got {share}")
+        raise InputError(f"{name} must lie between 0 and 1, got {share}", hint="such as 0.2")
 
 
 class _TimeSample:

@@ -278,18 +278,20 @@ def partition(row_of: Any, order: Any, row_in_order: Any, starts: Any, threads: 
 @njit(parallel=True, nogil=True, cache=True)
 def update(
     kind: Any, weight: Any, storage: Any, wide1: Any, wide2: Any, narrow: Any, rates: Any, dice: Any,
-    names: Any, dirty: Any, stats: Any, step: Any,
+    names: Any, dirty: Any, stats: Any, step: Any, frozen: Any, visits: Any,
     bag_of: Any, scale_of: Any, grad: Any, grad_scale: Any,
     order: Any, row_in_order: Any, starts: Any, following: Any,
     slots: Any, heads: Any, tails: Any, rows: Any, where: Any, squares: Any,
     threads: Any,
 ) -> Any:  # fmt: skip
-    """Update every touched row once from the sum of its gradients; returns how many rows that were.
+    """Update every touched row once from the sum of its gradients; returns how many that were, and how many frozen.
 
     `rates` holds rate, eps, beta1, beta2 and weight decay. The kind `NORM` writes no row: it leaves the sum of squares
     of each bucket's summed gradients in `squares`. With an empty `order` bucket b is feature b of
     ``len(starts) - 1``, as `gather` leaves the rows. Where rows move between slots, `names` tells the id of the row in
     each, `dirty` is set to 1, and `stats` counts the updates of a row and notes the last step; else all are empty.
+    By the id of a row, `frozen` says which rows to leave alone, and `visits` counts updates: one column each, maybe
+    without rows.
     Scratch: `order`, `row_in_order` and `following` are as long as
     the lookups, `slots` (all zero, before and after), `heads`, `tails`, `rows` and `where` have a line per thread.
     """
@@ -298,6 +300,7 @@ def update(
     rate, eps, beta1, beta2, decay = rates[0], rates[1], rates[2], rates[3], rates[4]
     one = np.float32(1)
     touched = np.zeros(threads, np.int64)
+    left_out = np.zeros(threads, np.int64)
     for t in prange(threads):
         slot, head, tail, line, home = slots[t], heads[t], tails[t], rows[t], where[t]
         total = np.empty(dim, np.float32)
@@ -311,6 +314,9 @@ def update(
             count = 0
             for k in range(first, last):
                 row = row_in_order[k]
+                if len(frozen) and k + _AHEAD < last:
+                    ahead = row_in_order[k + _AHEAD]
+                    _prefetch(frozen, np.int64(names[ahead]) if len(names) else ahead)
                 h = (_mix(np.uint64(row)) >> np.uint64(32)) & mask
                 while slot[h] > 0 and line[slot[h] - 1] != row:
                     h = (h + np.uint64(1)) & mask
@@ -320,6 +326,9 @@ def update(
                     tail[count] = k
                     line[count] = row
                     home[count] = h
+                    if len(frozen) and frozen[np.uint64(names[row]) if len(names) else np.uint64(row), 0]:
+                        head[count] = -1
+                        left_out[t] += 1
                     count += 1
                     slot[h] = count
                 else:
@@ -329,7 +338,7 @@ def update(
             touched[t] += count
             square = 0.0
             for u in range(count):
-                if u + _AHEAD < count:
+                if u + _AHEAD < count and head[u + _AHEAD] >= 0:
                     ahead = line[u + _AHEAD]
                     _prefetch(weight, ahead)
                     if kind == 1:
@@ -338,13 +347,17 @@ def update(
                         _prefetch(wide1, ahead)
                         if kind == 3:
                             _prefetch(wide2, ahead)
+                    if len(visits):
+                        _prefetch(visits, np.int64(names[ahead]) if len(names) else ahead)
                     k = np.int64(head[u + _AHEAD])
                     i = np.int64(order[k]) if len(order) else (k - first) * buckets + bucket
                     _prefetch(grad, np.int64(bag_of[i]) if len(bag_of) else i)
                 slot[home[u]] = 0
+                k = np.int64(head[u])
+                if k < 0:
+                    continue
                 for d in range(dim):
                     total[d] = np.float32(0)
-                k = np.int64(head[u])
                 while k >= 0:
                     i = np.uint64(order[k] if len(order) else (k - first) * buckets + bucket)
                     source = grad[np.uint64(bag_of[i]) if len(bag_of) else i]
@@ -396,12 +409,14 @@ def update(
                         values[d] -= rate * (m / (np.sqrt(v) + eps))
                 name = np.uint64(names[row]) if len(names) else row
                 _close(weight, row, buffer, storage, dice, name)
+                if len(visits):
+                    visits[name, 0] += np.uint32(1)
                 if len(dirty):
                     dirty[row] = 1
                     stats[row, 0] += np.uint32(1)
                     stats[row, 1] = step
             squares[bucket] = square
-    return touched.sum()
+    return touched.sum() - left_out.sum(), left_out.sum()
 
 
 @njit(parallel=True, nogil=True, cache=True)

@@ -66,7 +66,7 @@ def gather(
 
     trial = paired_trial(
         job.train, job.test, job.num_rows, job.settings, rule, pairs=pairs, max_steps=max_steps, progress=stepped,
-        tiers=job.tiers, store=None if job.tiers is None else job.tiers.folder(job.out),
+        way=job.way, tiers=job.tiers, store=None if job.tiers is None else job.tiers.folder(job.out),
     )  # fmt: skip
     if job.tiers is not None:  # what a few steps fill tells nothing: the account has the memory of the whole run
         return Evidence(predicted, trial, (None, None))
@@ -150,8 +150,10 @@ def make_receipt(
     receipt = Receipt(
         title=title or f"Training on {name}",
         method=f"fused row updates, {job.settings.optimizer}"
-        + ("" if job.tiers is None else ", rows over memory and disk"),
-        lines=tuple(lines),
+        + ("" if job.tiers is None else ", rows over memory and disk")
+        + "".join(f", {name}" for name in job.way.methods),
+        lines=(*job.lines, *lines, *(line for each in job.receipts.values() for line in each.lines)),
+        declined=(*job.declined, *(left for each in job.receipts.values() for left in each.declined)),
         verdict="undecided",
         why=why or "no paired runs were made (--pairs 0)",
         predictions=tuple(predictions),

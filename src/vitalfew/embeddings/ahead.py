@@ -107,7 +107,7 @@ class Prefetch(Generic[B]):
     def __iter__(self) -> Iterator[B]:
         if self._running is not None:
             raise InputError("a loop over this Prefetch is running", hint="finish it first")
-        self._running = run = _Run(self)
+        self._running = run = self._begin()
         try:
             while True:
                 found = run.next()
@@ -124,6 +124,9 @@ class Prefetch(Generic[B]):
             raise InputError(
                 f"{waited} gradients waited for a step when the loop ended", hint="call step() in the loop"
             )
+
+    def _begin(self) -> _Run[B]:
+        return _Run(self)
 
     def close(self) -> int:
         """Stop reading ahead; the rows stay where they are. Returns how many gradients were given up."""
@@ -209,23 +212,30 @@ class _Run(Generic[B]):
     # -- the loop's side
 
     def next(self) -> tuple[B] | None:
-        start = time.perf_counter()
         with self._change:
             if self._given:
                 self._done.append(self._rows.busy)
                 self._change.notify_all()
-            while not (self._ready > self._given or self._failure or self._drained or self._stop):
+            if not self._come(lambda: self._ready > self._given):
+                return None
+            self._rows.turn = self._given
+            self._given += 1
+            return (self._queue.popleft(),)
+
+    def _come(self, there: Callable[[], bool]) -> bool:
+        """Wait for something of the thread's; False where the loader has no more."""
+        start = time.perf_counter()
+        with self._change:
+            while not (there() or self._failure or self._drained or self._stop):
                 self._change.wait()
             self._owner.waited += time.perf_counter() - start
             if self._stop:
                 raise InputError("the Prefetch was closed inside its own loop", hint="break out of the loop instead")
-            if self._ready > self._given:
-                self._rows.turn = self._given
-                self._given += 1
-                return (self._queue.popleft(),)
+            if there():
+                return True
             if self._failure:
                 raise self._failure
-            return None
+            return False
 
     def close(self) -> int:
         with self._change:
@@ -296,8 +306,11 @@ class _Run(Generic[B]):
     def _load(self) -> None:
         """Bring in the rows of the next batches, as far ahead as they may come."""
         with self._moving():
-            while not self._stop and self._store.load():
+            while not self._stop and self._store.load(self._held):
                 self._announce()
+
+    def _held(self) -> None:
+        """Take note that those rows of the next batch are held that are here; the others are about to come."""
 
     def _announce(self) -> None:
         with self._change:
@@ -354,13 +367,17 @@ class _Run(Generic[B]):
         return None
 
     def _rows_of(self, batch: B) -> NDArray[np.int64]:
+        return self._lookups_of(batch)[0]
+
+    def _lookups_of(self, batch: B) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the row of each lookup, and where bags begin if that is said."""
         found = self._owner._ids(batch)
         ids, offsets = found if isinstance(found, tuple) else (found, None)
         tables = self._owner.tables
         tables.check_shape(ids, offsets)
         flat = as_integers(ids, "ids").reshape(-1)
         edges = np.empty(0, np.int64) if offsets is None else as_offsets(offsets, len(flat))
-        return row_ids(tables.layout, flat, edges)
+        return row_ids(tables.layout, flat, edges), edges
 
 
 def _ids_of(batch: Any) -> tuple[Tensor, Tensor | None]:

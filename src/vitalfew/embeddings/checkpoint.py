@@ -13,7 +13,8 @@ import torch
 
 from vitalfew.core import InputError
 from vitalfew.core.files import atomic_folder, read_document, write_document
-from vitalfew.embeddings.models import DLRM
+from vitalfew.embeddings.models import ClickModel
+from vitalfew.embeddings.packing import pack, unpack
 from vitalfew.embeddings.tables import EmbeddingBags
 
 __all__ = ["about_weights", "load_newest", "load_weights", "save_checkpoint", "save_model"]
@@ -55,27 +56,41 @@ def _read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
         raise InputError(f"`{file}` cannot be read ({error})", hint="restore it, or train again") from None
 
 
-def _bags(model: DLRM) -> EmbeddingBags:
+def _bags(model: ClickModel) -> EmbeddingBags:
     assert isinstance(model.tables, EmbeddingBags)
     return model.tables
 
 
-def _tensors(model: DLRM, *, with_state: bool) -> Tensors:
+def _tensors(model: ClickModel, *, with_state: bool) -> Tensors:
     left_out = {_EXTRA} | (set() if with_state else {f"tables.{name}" for name in _bags(model).rows.state})
     return {name: value for name, value in model.state_dict().items() if name not in left_out}
 
 
-def save_model(folder: str | os.PathLike[str], model: DLRM, about: Mapping[str, Any] | None = None) -> None:
+def save_model(folder: str | os.PathLike[str], model: ClickModel, about: Mapping[str, Any] | None = None) -> None:
     """Save the weights alone, for predictions, with plain values about them; the folder must not exist."""
     with atomic_folder(folder) as part:
         _write(part, _tensors(model, with_state=False), {"about": dict(about or {})})
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: DLRM, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    model: ClickModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    about: Mapping[str, Any],
+    course: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save everything a run needs to go on, as ``checkpoint-<step>``, and keep the one before it."""
+    """Save everything a run needs to go on, as ``checkpoint-<step>``, and keep the one before it.
+
+    Parameters
+    ----------
+    course
+        Where the run stands, such as `Course.state_dict` tells.
+    """
     tensors = _tensors(model, with_state=True)
+    if course is not None:
+        plain, arrays = pack(course, "course")
+        about, tensors = {**about, "course": plain}, tensors | arrays
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     # Dropped before the new one is written: the disk never holds more than two.
@@ -90,7 +105,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(
-    folder: Path, model: DLRM, optimizer: torch.optim.Optimizer
+    folder: Path, model: ClickModel, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Fill model and optimizer from the newest checkpoint that is whole; damaged ones are named and removed.
 
@@ -124,7 +139,7 @@ def about_weights(folder: Path) -> dict[str, Any]:
     return about
 
 
-def load_weights(folder: Path, model: DLRM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def load_weights(folder: Path, model: ClickModel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Fill the model (and the dense optimizer) from a folder that `save_model` or `save_checkpoint` wrote.
 
     Returns
@@ -151,4 +166,6 @@ def load_weights(folder: Path, model: DLRM, optimizer: torch.optim.Optimizer | N
                 saved.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
     about: dict[str, Any] = body["about"]
+    if "course" in about:
+        about["course"] = unpack(about["course"], tensors)
     return about

@@ -206,6 +206,8 @@ class DeviceTieredRows(TieredRows):
         with self._line():
             lookups, grad = waiting.merged()
             slots, bag_of, scale_of = lookups.row_of, lookups.bag_of, lookups.scale_of
+            if len(self.frozen) or len(self.visits):
+                slots, bag_of, scale_of = self._moving(slots, bag_of, scale_of, count=not norm)
             if norm:  # in the order of the rows, wherever they lie
                 names = self._named(slots)
                 return float(self._device.squared_norm(names, bag_of, scale_of, grad, waiting.scale))
@@ -221,6 +223,23 @@ class DeviceTieredRows(TieredRows):
         self._dirty[slots] = 1
         self._hear()
         return 0.0  # `counted` tells how many
+
+    def _moving(
+        self, slots: NDArray[np.int64], bag_of: NDArray[np.int32], scale_of: NDArray[np.float32], *, count: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+        """Return the lookups of rows that are not frozen, and maybe count both kinds of rows."""
+        names = self._named(slots)
+        if len(self.frozen):
+            kept = np.flatnonzero(self.frozen[names] == 0)
+            if len(kept) < len(slots):
+                if count:
+                    self.counts.rows_frozen += len(np.unique(names[self.frozen[names] != 0]))
+                bag_of = kept.astype(np.int32) if not len(bag_of) else bag_of[kept]
+                scale_of = scale_of[kept] if len(scale_of) else scale_of
+                slots, names = slots[kept], names[kept]
+        if count and len(self.visits):
+            self.visits[np.unique(names)] += np.uint32(1)
+        return slots, bag_of, scale_of
 
     def _hear(self) -> None:
         """Complain about a gradient that the device has found to be NaN or infinite by now."""

@@ -15,28 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitalfew.core import InputError, Line, Prediction, Receipt, Rule
+from vitalfew.core import Declined, InputError, Line, Prediction, Receipt, Rule
 from vitalfew.core.files import atomic_write, read_document, write_document
-from vitalfew.data.batches import Batches
 from vitalfew.data.encode import Encoder
 from vitalfew.data.encoded import Encoded
 from vitalfew.data.readers import open_log
 from vitalfew.embeddings.account import gather, make_receipt, no_comparison, training_lines
 from vitalfew.embeddings.checkpoint import about_weights, load_newest, load_weights, save_checkpoint, save_model
-from vitalfew.embeddings.fitting import evaluate, predict, stream, train_step
-from vitalfew.embeddings.models import DLRM
+from vitalfew.embeddings.course import check_way, course_of
+from vitalfew.embeddings.fitting import evaluate, predict
+from vitalfew.embeddings.models import ClickModel
 from vitalfew.embeddings.options import LogOptions, Progress, Say, hush, silent
 from vitalfew.embeddings.preparing import Job, alone, fresh_folder, log_files, prepare, reopen
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 from vitalfew.embeddings.tiered import TieredEmbeddings
 from vitalfew.embeddings.tiered_job import open_model, train_tiered
 from vitalfew.embeddings.tiering import Tiering
+from vitalfew.embeddings.way import way_named
 from vitalfew.meter import Scope, scope
 
 __all__ = ["load_model", "predict_log", "resume_log", "train_log"]
 
-_VERSION = 2
-_UPGRADES = {1: lambda about: {**about, "tiers": None, "run": ""}}
+_VERSION = 3
+_UPGRADES = {
+    1: lambda about: {**about, "tiers": None, "run": ""},
+    2: lambda about: {**about, "method": "fused"},
+}
 
 
 def train_log(
@@ -50,11 +54,12 @@ def train_log(
     tolerance: float = 0.001,
     checkpoint_seconds: float = 60.0,
     tiers: Tiering | None = None,
+    method: str = "fused",
     command: str = "",
     progress: Progress = silent,
     say: Say = hush,
 ) -> Receipt:
-    """Train a DLRM on a log, evaluate it on the held-back rows, and save model and receipt.
+    """Train a model on a log, evaluate it on the held-back rows, and save model and receipt.
 
     A run that is cut off goes on by `resume_log`, to the same bits as one that was not.
 
@@ -73,6 +78,9 @@ def train_log(
         Between checkpoints.
     tiers
         Memory for the rows, and a folder for those that it does not take: the tables may be many times larger.
+    method
+        ``fused``, or what acts on the batches, such as ``skip-rows`` or ``hot-rows+skip-rows``; see `way_named`.
+        ``auto`` tries what may pay in short paired trials, and keeps what does.
     say
         Is told what is worth a line.
     """
@@ -82,6 +90,8 @@ def train_log(
         raise InputError(f"{out} holds a run already", hint="go on with it by --resume, or choose another --out")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder", hint="choose another --out")
+    if method != "auto":
+        check_way(way_named(method), tiers)
     if tiers is not None:
         tiers = tiers.claim(folder)
     about = {
@@ -91,6 +101,7 @@ def train_log(
         "settings": settings.to_dict(),
         "tiers": None if tiers is None else tiers.to_dict(),
         "run": secrets.token_hex(8),
+        "method": method,
         "comparison": {"pairs": pairs, "steps": trial_steps, "tolerance": tolerance},
         "threads": torch.get_num_threads(),
         "command": command,
@@ -184,10 +195,11 @@ def _reopen(folder: Path, about: Mapping[str, Any]) -> Job | None:
     return job
 
 
-def _complete(job: Job, about: Mapping[str, Any], every: float, progress: Progress, say: Say) -> Receipt:
+def _complete(job: Job, about: dict[str, Any], every: float, progress: Progress, say: Say) -> Receipt:
     """Train, compare, save the receipt: each part is skipped that an earlier sitting has done."""
     asked = about["comparison"]
     with _threads(about["threads"]):
+        _choose(job, about, progress, say)
         lines, predictions = _trained(job, every, progress, say)
         evidence, why = None, no_comparison(job)
         if asked["pairs"] and why is None:
@@ -199,6 +211,33 @@ def _complete(job: Job, about: Mapping[str, Any], every: float, progress: Progre
     receipt.save(job.out / "receipt.json")
     _tidy(job.out)
     return receipt
+
+
+def _choose(job: Job, about: dict[str, Any], progress: Progress, say: Say) -> None:
+    """Settle which methods act, once for all sittings."""
+    if about["method"] != "auto":
+        job.way = way_named(about["method"])
+        return
+    if "choice" not in about:
+        from vitalfew.embeddings.auto import choose_way
+
+        store = None if job.tiers is None else job.tiers.folder(job.out)
+        rule = Rule("equal work", about["comparison"]["tolerance"])
+        choice = choose_way(
+            job.train, job.num_rows, job.settings, rule, tiers=job.tiers, store=store,
+            progress=lambda share: progress("try methods", share), say=say,
+        )  # fmt: skip
+        about["choice"] = {
+            "way": choice.way.name,
+            "declined": [dataclasses.asdict(each) for each in choice.declined],
+            "lines": [dataclasses.asdict(each) for each in choice.lines],
+        }
+        write_document(job.out / "run.json", "run", _VERSION, about)
+        say(f"training with: {choice.way.name}")
+    found = about["choice"]
+    job.way = way_named(found["way"])
+    job.declined = tuple(Declined(**each) for each in found["declined"])
+    job.lines = tuple(Line(**each) for each in found["lines"])
 
 
 def _tidy(folder: Path) -> None:
@@ -233,32 +272,30 @@ def _trained(job: Job, every: float, progress: Progress, say: Say) -> tuple[list
     return [Line(**line) for line in about["lines"]], [Prediction(**each) for each in about.get("predictions", ())]
 
 
-def _fit(job: Job, every: float, progress: Progress) -> tuple[DLRM, Scope]:
+def _fit(job: Job, every: float, progress: Progress) -> tuple[ClickModel, Scope]:
     """Train from the newest checkpoint, or from the start, to the end."""
     settings = job.settings
     model = build(job.num_rows, job.train.num_dense, settings)
     optimizer = dense_optimizer(model, settings)
-    batches = Batches(job.train, settings.batch_size, seed=settings.seed)
-    total, done = len(batches) * settings.epochs, 0
     saved, damaged = load_newest(job.out, model, optimizer)
     job.notes += [f"{name} was damaged: the one before it was taken" for name in damaged]
-    if saved:
-        done = int(saved["step"])
-        job.notes.append(f"resumed at step {done:,} of {total:,}; the times count the last sitting only")
+    course = course_of(job, model, optimizer, saved)
     last = time.monotonic()
     with scope("train") as training:
-        for batch in stream(batches, done, total):
-            train_step(model, [optimizer], batch)
-            done += 1
-            training.count("rows", len(batch), "rows")
-            progress("train", done / total)
-            if done < total and time.monotonic() - last >= every:
-                save_checkpoint(job.out, model, optimizer, done, {"step": done})
+        training.count("rows", 0, "rows")  # a sitting may have none left
+        for rows in course:
+            training.count("rows", rows, "rows")
+            progress("train", course.samples / course.total)
+            if course.samples < course.total and time.monotonic() - last >= every:
+                save_checkpoint(
+                    job.out, model, optimizer, course.steps, {"step": course.steps}, course.state_dict()
+                )  # fmt: skip
                 last = time.monotonic()
+    job.receipts.update(course.receipts)
     return model, training
 
 
-def load_model(folder: str | os.PathLike[str]) -> tuple[DLRM, Encoder, dict[str, Any]]:
+def load_model(folder: str | os.PathLike[str]) -> tuple[ClickModel, Encoder, dict[str, Any]]:
     """Return model, encoder and description of a trained run, for predictions.
 
     The rows of a run with `tiers` are read where they are: nothing is copied, and ``model.tables.close()`` lets go of
@@ -315,7 +352,7 @@ def predict_log(
 
 
 def _predict(
-    model: DLRM,
+    model: ClickModel,
     encoder: Encoder,
     path: str | list[str],
     target: Path,

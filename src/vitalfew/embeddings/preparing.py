@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitalfew.core import InputError
+from vitalfew.core import Declined, InputError, Line, Receipt
 from vitalfew.core.files import atomic_folder
 from vitalfew.data import LogReader, Schema
 from vitalfew.data.batches import Batches
@@ -21,6 +21,7 @@ from vitalfew.data.split import time_cutoff
 from vitalfew.embeddings.options import LogOptions, Progress, open_with
 from vitalfew.embeddings.settings import Settings
 from vitalfew.embeddings.tiering import Tiering, free_memory
+from vitalfew.embeddings.way import Way
 
 __all__ = [
     "Job",
@@ -45,6 +46,10 @@ class Job:
     ----------
     tiers, run
         Where rows are that memory does not take, and the mark of this run in their folder.
+    way, declined, lines
+        The methods that act, those that were looked at and left, and what the first have saved in trials.
+    receipts
+        Of the methods that acted, once the run is over.
     """
 
     out: Path
@@ -57,6 +62,10 @@ class Job:
     notes: list[str] = field(default_factory=list)
     tiers: Tiering | None = None
     run: str = ""
+    way: Way = field(default_factory=Way)
+    declined: tuple[Declined, ...] = ()
+    lines: tuple[Line, ...] = ()
+    receipts: dict[str, Receipt] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> dict[str, int]:

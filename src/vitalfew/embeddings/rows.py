@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 from weakref import WeakValueDictionary
@@ -24,6 +24,7 @@ _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KERNELS = threading.Lock()
 """One kernel at a time: some threading layers of numba end the process when two threads enter them at once."""
 
+_NONE_U8 = np.empty(0, np.uint8)
 _NONE_I32 = np.empty(0, np.int32)
 _NONE_I64 = np.empty(0, np.int64)
 _NONE_F32 = np.empty(0, np.float32)
@@ -67,6 +68,12 @@ class Counts:
     rows_updated: int = 0
     """Rows written, each once per step."""
     steps: int = 0
+    rows_frozen: int = 0
+    """Rows looked up for training and left as they are, each once per step."""
+
+
+def _no_samples() -> NDArray[np.int64]:
+    return _NONE_I64
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -74,7 +81,8 @@ class Lookups:
     """One forward's lookups: row and, where they say something, bag and scale of each.
 
     With `features` the rows stand feature by feature, and the lookup of sample b and feature f is bag
-    ``b * features + f``; with 0 they stand in sample order. `serial` counts the forwards.
+    ``b * features + f``; with 0 they stand in sample order. `serial` counts the forwards. Where a batch comes in parts,
+    `samples` numbers those of this part in the batch, and the forwards of all parts have the same serials.
     """
 
     row_of: NDArray[np.int64]
@@ -82,6 +90,7 @@ class Lookups:
     scale_of: NDArray[np.float32]
     features: int = 0
     serial: int = 0
+    samples: NDArray[np.int64] = field(default_factory=_no_samples)
 
     def in_sample_order(self) -> NDArray[np.int64]:
         if not self.features:
@@ -132,11 +141,27 @@ class _Waiting:
             if any_scale:
                 scale_of.append(lookups.scale_of if len(lookups.scale_of) else np.ones(n, np.float32))
             start += len(grad)
-        return Lookups(
+        merged = Lookups(
             np.concatenate([lookups.in_sample_order() for lookups, _ in parts]),
             np.concatenate(bag_of),
             np.concatenate(scale_of) if any_scale else _NONE_F32,
-        ), torch.cat([grad for _, grad in parts])
+        )
+        if any(len(lookups.samples) for lookups, _ in parts):
+            order = _order_of_samples(parts, merged.bag_of)
+            merged.row_of, merged.bag_of = merged.row_of[order], merged.bag_of[order]
+            if any_scale:
+                merged.scale_of = merged.scale_of[order]
+        return merged, torch.cat([grad for _, grad in parts])
+
+
+def _order_of_samples(parts: list[tuple[Lookups, Tensor]], bag_of: NDArray[np.int32]) -> NDArray[np.intp]:
+    """Return the order in which lookups would stand if the parts of each batch had been looked up as one."""
+    stride = 1 + max(int(lookups.samples.max(initial=0)) for lookups, _ in parts)
+    keys = []  # of all bags, in which the samples of a forward stand in order
+    for lookups, grad in parts:
+        samples = lookups.samples if len(lookups.samples) else np.zeros(1, np.int64)
+        keys.append(lookups.serial * stride + np.repeat(samples, len(grad) // len(samples)))
+    return np.argsort(np.concatenate(keys)[bag_of], kind="stable")
 
 
 class _Pass(dict["Rows", _Waiting]):
@@ -160,6 +185,9 @@ def _update(waiting: Mapping[Rows, _Waiting]) -> None:
         if each.parts:
             rows.counts.steps += 1
             rows.counts.rows_updated += int(rows._run(each))
+    for rows, each in waiting.items():
+        if each.parts and rows.on_update is not None:
+            rows.on_update()
 
 
 def step_together(*slabs: Rows) -> None:
@@ -213,13 +241,20 @@ class Rows:
         self.narrow = [_slab(num_rows, 1, torch.float32) for _ in range(optimizer.row_states)]
         self._names, self._dirty = _NONE_I32, np.empty(0, np.uint8)
         self._stats = np.empty((0, 2), np.uint32)
+        self.frozen = _NONE_U8
+        """1 for rows, by their number over all tables, that no update changes; empty where there are none."""
+        self.visits = np.empty(0, np.uint32)
+        """Updates of each row, by its number over all tables; empty where nobody wants to know."""
+        self.on_update: Callable[[], None] | None = None
+        """Called after each update of these rows."""
         self._forwards = 0
         self._waiting = _Waiting()
         self._scratch = _Scratch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of a copy what waits, as a copied parameter leaves out its gradient."""
-        return self.__dict__ | {"_waiting": _Waiting(), "_scratch": _Scratch()}
+        """Leave out of a copy what waits, as a copied parameter leaves out its gradient, and who looks on."""
+        alone = {"frozen": _NONE_U8, "visits": np.empty(0, np.uint32), "on_update": None}
+        return self.__dict__ | alone | {"_waiting": _Waiting(), "_scratch": _Scratch()}
 
     @property
     def nbytes(self) -> int:
@@ -418,12 +453,13 @@ class Rows:
         squares = np.zeros(len(starts) - 1)
         dice = np.uint64((self.seed * 0x9E3779B97F4A7C15 + self.counts.steps * 0xD1342543DE82EF95) % 2**64)
         with KERNELS:
-            touched = kernels.update(
+            touched, left_out = kernels.update(
                 kernels.NORM if norm else self.optimizer.kind,
                 array_of(self.weight), _STORAGE[self.weight.dtype], wide[0], wide[1],
                 array_of(self.narrow[0]) if self.narrow else none,
                 np.array([rate, eps, beta1, beta2, self.optimizer.weight_decay], np.float32), dice,
-                self._names, self._dirty, self._stats, np.uint32(self.counts.steps),
+                _NONE_I32 if norm else self._names, self._dirty, self._stats, np.uint32(self.counts.steps),
+                self.frozen[:, None], self.visits[:, None],
                 lookups.bag_of, lookups.scale_of, grad.numpy(), np.float32(waiting.scale),
                 order, rows, starts, following,
                 get("slots", (threads, 2 << largest.bit_length()), np.int32),
@@ -431,7 +467,10 @@ class Rows:
                 get("rows", (threads, largest), np.int64), get("where", (threads, largest), np.uint64),
                 squares, threads,
             )  # fmt: skip
-        return float(squares.sum()) if norm else float(touched)
+        if norm:  # of rows by their ids
+            return float(squares.sum())
+        self.counts.rows_frozen += int(left_out)
+        return float(touched)
 
     def _named(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the ids of rows of the slab: sums over rows must not depend on where a row lies."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from vitalfew.core import InputError
 from vitalfew.embeddings.baseline import TorchBags
-from vitalfew.embeddings.models import DLRM
+from vitalfew.embeddings.models import MODELS, ClickModel
 from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad
 from vitalfew.embeddings.tables import EmbeddingBags, Table
 
@@ -30,18 +31,19 @@ _RULES: dict[str, type[Optimizer]] = {
     "adam": LazyAdam,
 }
 _WIDEST = 16_384
+_BOTTOM = (256, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train a DLRM.
+    """How to train a model.
 
     Attributes
     ----------
     dim
         Width of the rows.
     bottom, top
-        Widths of the hidden layers below and above the dot products.
+        Widths of the hidden layers below and above the rows; only some models have a bottom part.
     optimizer, lr
         Rule of rows and dense layers alike: ``sgd``, ``adagrad``, ``rowwise_adagrad`` (dense layers: adagrad) or
         ``adam`` (rows: lazy Adam).
@@ -49,6 +51,8 @@ class Settings:
         The seed gives the first weights and the order of the data.
     storage
         Of the rows: float32, bfloat16 or float16.
+    model
+        ``dlrm``, or another of `MODELS`.
 
     Examples
     --------
@@ -57,7 +61,7 @@ class Settings:
     """
 
     dim: int = 16
-    bottom: tuple[int, ...] = (256, 64)
+    bottom: tuple[int, ...] = _BOTTOM
     top: tuple[int, ...] = (256, 64)
     optimizer: str = "adagrad"
     lr: float = 0.01
@@ -65,6 +69,7 @@ class Settings:
     epochs: int = 1
     seed: int = 0
     storage: str = "float32"
+    model: str = "dlrm"
 
     def __post_init__(self) -> None:
         for name in ("dim", "batch_size", "epochs"):
@@ -78,6 +83,17 @@ class Settings:
         if self.storage not in STORAGE:
             raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(STORAGE)}")
         self.rule()
+        if self.model not in MODELS:
+            raise InputError(f"there is no model {self.model!r}", hint=f"choose one of {', '.join(MODELS)}")
+        if self.dim < (least := MODELS[self.model].least_dim):
+            raise InputError(f"{self.model} cannot use rows of width {self.dim}", hint=f"{least} is the least")
+        if self.bottom != _BOTTOM and not self.has_bottom:
+            raise InputError(f"{self.model} has no bottom layers to make {self.bottom}", hint="leave them out")
+
+    @property
+    def has_bottom(self) -> bool:
+        """Whether the model takes bottom layers."""
+        return "bottom" in inspect.signature(MODELS[self.model]).parameters
 
     def rule(self) -> Optimizer:
         """Return the update rule of the rows."""
@@ -112,7 +128,8 @@ def build(
     tiers: Tiering | None = None,
     store: Path | None = None,
     resume: bool = False,
-) -> DLRM:
+    update: Literal["backward", "step"] = "backward",
+) -> ClickModel:
     """Build the model; `plain` takes PyTorch's own tables, with the same first weights.
 
     Parameters
@@ -123,6 +140,8 @@ def build(
         Number of dense inputs.
     tiers, store, resume
         With these the rows are spread over memory and a folder, which holds those of an earlier sitting (`resume`).
+    update
+        When our rows change, see `EmbeddingBags`.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     tables = [Table(name, rows, settings.dim) for name, rows in num_rows.items()]
@@ -137,17 +156,18 @@ def build(
         bags = TieredEmbeddings(
             tables, settings.rule(), tiers=[Dram(tiers.memory), File(store)], policy=tiers.rule(), ahead=tiers.ahead,
             dtype=STORAGE[settings.storage], generator=generator, seed=settings.seed, resume=resume,
+            update=update,
         )  # fmt: skip
     else:
         storage = STORAGE[settings.storage]
-        bags = EmbeddingBags(tables, settings.rule(), dtype=storage, generator=generator, seed=settings.seed)
-    return DLRM(
-        bags,
-        dense_in=num_dense,
-        bottom=(*settings.bottom, settings.dim),
-        top=(*settings.top, 1),
-        generator=generator,
-    )
+        bags = EmbeddingBags(
+            tables, settings.rule(), dtype=storage, generator=generator, seed=settings.seed, update=update
+        )
+    layers: dict[str, Any] = {"top": (*settings.top, 1)}
+    if settings.has_bottom:
+        layers["bottom"] = (*settings.bottom, settings.dim)
+    make: Callable[..., ClickModel] = MODELS[settings.model]
+    return make(bags, dense_in=num_dense, **layers, generator=generator)
 
 
 def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -168,9 +188,10 @@ def build_arm(
     plain: bool,
     tiers: Tiering | None = None,
     store: Path | None = None,
-) -> tuple[DLRM, list[torch.optim.Optimizer]]:
+    update: Literal["backward", "step"] = "backward",
+) -> tuple[ClickModel, list[torch.optim.Optimizer]]:
     """Build the model of one way to train, and every torch optimizer it needs."""
-    model = build(num_rows, num_dense, settings, plain=plain, tiers=tiers, store=store)
+    model = build(num_rows, num_dense, settings, plain=plain, tiers=tiers, store=store, update=update)
     optimizers = [dense_optimizer(model, settings)]
     if isinstance(model.tables, TorchBags):
         optimizers.append(model.tables.optimizer(settings.plain_rule()))

@@ -144,6 +144,7 @@ class EmbeddingBags(nn.Module):
         for name, tensor in rows.state.items():
             self.register_buffer(name, tensor)
         first.fill(rows.weight)
+        self._first_seed = first.seed
         return rows
 
     @property

@@ -12,17 +12,18 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vitalfew.core import InputError, Line, Prediction
 from vitalfew.data.batches import Batches
 from vitalfew.embeddings.account import training_lines
-from vitalfew.embeddings.ahead import Prefetch
 from vitalfew.embeddings.checkpoint import about_weights, load_weights, save_checkpoint, save_model
-from vitalfew.embeddings.fitting import evaluate, stream, train_step
-from vitalfew.embeddings.foretell import foretell
-from vitalfew.embeddings.models import DLRM
+from vitalfew.embeddings.course import Course, course_of
+from vitalfew.embeddings.fitting import evaluate, stream
+from vitalfew.embeddings.foretell import Foretold, foretell
+from vitalfew.embeddings.models import ClickModel
 from vitalfew.embeddings.options import Progress, Say
 from vitalfew.embeddings.preparing import Job
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
@@ -41,12 +42,12 @@ _FORETOLD_STEPS = 20_000
 class _Keeper:
     """Saves a run and finds it again: one commit, and the dense checkpoint that it names."""
 
-    def __init__(self, out: Path, store: Path, run: str, model: DLRM, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, out: Path, store: Path, run: str, model: ClickModel, optimizer: torch.optim.Optimizer) -> None:
         self._out, self._store, self._run = out, store, run
         self.model, self.optimizer, self.tables = model, optimizer, _tables_of(model)
 
-    def restore(self) -> int | None:
-        """Fill the model from the last commit, and return its step; whatever was written after it is removed."""
+    def restore(self) -> dict[str, Any] | None:
+        """Fill the model from the last commit, and return where the run stood; what was written later is removed."""
         note = self.tables.note
         if note:
             _check_owner(self.tables, self._store, self._run)
@@ -56,15 +57,15 @@ class _Keeper:
                 shutil.rmtree(found)
         if named is None:
             return None
-        load_weights(self._out / named, self.model, self.optimizer)
-        return int(note["step"])
+        return load_weights(self._out / named, self.model, self.optimizer)
 
-    def save(self, step: int) -> None:
+    def save(self, course: Course) -> None:
         """Write the dense part, then commit the rows."""
+        step = course.steps
         name = f"checkpoint-{step:09d}"
         if self.tables.note.get("dense") == name:
             return
-        save_checkpoint(self._out, self.model, self.optimizer, step, {"step": step})
+        save_checkpoint(self._out, self.model, self.optimizer, step, {"step": step}, course.state_dict())
         self.commit(name, step)
         for older in self._out.glob("checkpoint-*"):
             if older.name != name:
@@ -75,7 +76,7 @@ class _Keeper:
         self.tables.note = note
 
 
-def _tables_of(model: DLRM) -> TieredEmbeddings:
+def _tables_of(model: ClickModel) -> TieredEmbeddings:
     """Return the tables of a model that was built with tiers."""
     assert isinstance(model.tables, TieredEmbeddings)
     return model.tables
@@ -91,22 +92,21 @@ def train_tiered(job: Job, every: float, progress: Progress, say: Say) -> None:
     tiers, settings = job.tiers, job.settings
     assert tiers is not None
     store = tiers.folder(job.out)
-    batches = Batches(job.train, settings.batch_size, seed=settings.seed)
-    total = len(batches) * settings.epochs
     resume = (store / COMMIT).exists()
-    model = build(job.num_rows, job.train.num_dense, settings, tiers=tiers, store=store, resume=resume)
+    model = build(
+        job.num_rows, job.train.num_dense, settings, tiers=tiers, store=store, resume=resume, update=job.way.update
+    )
     with _tables_of(model) as tables:
         keeper = _Keeper(job.out, store, job.run, model, dense_optimizer(model, settings))
-        done = keeper.restore()
-        if done is None:
+        saved = keeper.restore()
+        if saved is None:
             keeper.commit(None, 0)  # from here on the folder is this run's
-        else:
-            job.notes.append(f"resumed at step {done:,} of {total:,}; times and moves count the last sitting only")
+        course = course_of(job, model, keeper.optimizer, saved)
         if tables.room.slots >= tables.num_rows:
             fits = f"all {tables.num_rows:,} rows fit in --memory {tiers.memory}: it was not needed"
             job.notes.append(fits)
             say(fits)
-        training, account, predictions = _fit(job, keeper, batches, (done or 0, total), every, progress)
+        training, account, predictions = _fit(job, keeper, course, every, progress)
         metrics = evaluate(
             model, job.test, progress=lambda share: progress("test", share), batch_rows=settings.batch_size
         )
@@ -115,47 +115,56 @@ def train_tiered(job: Job, every: float, progress: Progress, say: Say) -> None:
             "lines": [dataclasses.asdict(line) for line in lines],
             "predictions": [dataclasses.asdict(each) for each in predictions],
             "notes": job.notes,
-            "step": total,
+            "step": course.steps,
         }
         save_model(job.out / "model", model, about)
 
 
 def _fit(
-    job: Job, keeper: _Keeper, batches: Batches, span: tuple[int, int], every: float, progress: Progress
+    job: Job, keeper: _Keeper, course: Course, every: float, progress: Progress
 ) -> tuple[Scope, tuple[Line, ...], tuple[Prediction, ...]]:
     """Train to the last step and commit; return the account, and what was foretold of it."""
-    (first, total), tables, tiers = span, keeper.tables, job.tiers
+    tables, first = keeper.tables, course.steps
+    foretold = None if job.way.acts else _foretell(job, keeper, first, progress)
+    saving = 0.0
+    start = last = time.monotonic()
+    with scope("train") as training:
+        training.count("rows", 0, "rows")  # a sitting may have none left
+        for rows in course:
+            training.count("rows", rows, "rows")
+            progress("train", course.samples / course.total)
+            if course.samples < course.total and time.monotonic() - last >= every:
+                before = time.monotonic()
+                keeper.save(course)
+                last = time.monotonic()
+                saving += last - before
+        seconds = time.monotonic() - start - saving
+        keeper.save(course)
+    job.receipts.update(course.receipts)
+    steps, moves = course.steps - first, tables.moves
+    moved = Replayed(steps, moves.needed, moves.missed, moves.fresh, moves.left)
+    account = course.reader.receipt().lines if course.reader is not None else ()
+    return training, account, foretold.against(moved, seconds / steps) if foretold and steps else ()
+
+
+def _foretell(job: Job, keeper: _Keeper, first: int, progress: Progress) -> Foretold:
+    """Foretell the steps that are still to do, with the batches as they are."""
+    tables, tiers, settings = keeper.tables, job.tiers, job.settings
     assert tiers is not None
     progress("foretell", 0.0)
-    foretold = foretell(
-        stream(batches, first, min(total, first + _FORETOLD_STEPS)), job.num_rows, job.settings, tiers, tables.room,
+    batches = Batches(job.train, settings.batch_size, seed=settings.seed)
+    total = len(batches) * settings.epochs
+    found = foretell(
+        stream(batches, first, min(total, first + _FORETOLD_STEPS)), job.num_rows, settings, tiers, tables.room,
         tiers.folder(job.out), below=tables.store.residency.where < -1,
     )  # fmt: skip
     progress("foretell", 1.0)
-    done, saving = first, 0.0
-    start = last = time.monotonic()
-    with scope("train") as training:
-        with Prefetch(tables, stream(batches, first, total)) as ahead:
-            for batch in ahead:
-                train_step(keeper.model, [keeper.optimizer], batch)
-                done += 1
-                training.count("rows", len(batch), "rows")
-                progress("train", done / total)
-                if done < total and time.monotonic() - last >= every:
-                    before = time.monotonic()
-                    keeper.save(done)
-                    last = time.monotonic()
-                    saving += last - before
-        seconds = time.monotonic() - start - saving
-        keeper.save(done)
-    steps, moves = done - first, tables.moves
-    moved = Replayed(steps, moves.needed, moves.missed, moves.fresh, moves.left)
-    return training, ahead.receipt().lines, foretold.against(moved, seconds / steps) if steps else ()
+    return found
 
 
 def open_model(
     out: Path, num_rows: Mapping[str, int], num_dense: int, settings: Settings, tiers: Tiering, run: str
-) -> DLRM:
+) -> ClickModel:
     """Open the rows of a finished run where they are, with its memory, and load the weights beside them."""
     store = tiers.folder(out)
     if not (store / COMMIT).exists():

@@ -76,6 +76,8 @@ class TieredRows(Rows):
         """Whether a `Prefetch` says which batch's turn it is."""
         self.turn = 0
         """Then the number of that batch."""
+        self._samples = np.empty(0, np.int64)
+        self._serial = 0
         self._live: WeakSet[Lookups] = WeakSet()
         self._training = False
         self._first = first
@@ -96,13 +98,39 @@ class TieredRows(Rows):
 
     def bags(self, layout: Layout, ids: Tensor, offsets: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
         self._training = self.trainable and torch.is_grad_enabled()
+        if self._training and len(self._samples):
+            self._check_part(layout, ids, offsets)
         # Rows that a batch holds stay where they are; without one, nothing may move while they are read.
         with contextlib.nullcontext() if self._training else self.store.lock:
             return super().bags(layout, ids, offsets, scales)
 
     def _seen(self, lookups: Lookups) -> None:
         if self._training:
+            if len(self._samples):
+                lookups.samples, lookups.serial = self._samples, self._serial
+                self._serial += 1
             self._live.add(lookups)
+
+    def begin_part(self, samples: NDArray[np.int64], serial: int | None = None) -> int:
+        """Say which samples of a batch the forwards that follow are for; none: for those of a whole batch.
+
+        A row gets what its samples sum to in their order in the batch, whatever part they came in.
+
+        Parameters
+        ----------
+        serial
+            What this returned for the first part of the batch.
+        """
+        self._samples, self._serial = samples, self._forwards + 1 if serial is None else serial
+        return self._serial
+
+    def _check_part(self, layout: Layout, ids: Tensor, offsets: Tensor | None) -> None:
+        bags, samples = ids.numel() if offsets is None else offsets.numel() - 1, len(self._samples)
+        if bags % (samples * len(layout.features)):
+            raise InputError(
+                f"a part of {samples} samples looks up {bags} bags of {len(layout.features)} features",
+                hint="look up the part's samples, each as often as the others",
+            )
 
     def _locate(
         self, layout: Layout, ids: NDArray[np.int64], edges: NDArray[np.int64]

@@ -18,13 +18,14 @@ from vitalfew.core.receipt import Pair
 from vitalfew.data.batches import Batches
 from vitalfew.data.encoded import Encoded
 from vitalfew.data.log import EncodedLog
-from vitalfew.embeddings.ahead import Prefetch
+from vitalfew.embeddings.course import Course, LogSource, MemorySource, Source
 from vitalfew.embeddings.fitting import evaluate, train_step
 from vitalfew.embeddings.metrics import BinaryMetrics
 from vitalfew.embeddings.settings import Settings, build_arm
 from vitalfew.embeddings.tables import EmbeddingBags
 from vitalfew.embeddings.tiered import TieredEmbeddings
 from vitalfew.embeddings.tiering import Tiering
+from vitalfew.embeddings.way import Way
 
 __all__ = ["Trial", "paired_trial"]
 
@@ -105,10 +106,11 @@ def paired_trial(
     pairs: int,
     max_steps: int | None = None,
     progress: Callable[[int], None] | None = None,
+    way: Way = Way(),  # noqa: B008  frozen
     tiers: Tiering | None = None,
     store: Path | None = None,
 ) -> Trial:
-    """Train a DLRM the plain PyTorch way and with fused rows, on equal work, and judge by the rule.
+    """Train a model the plain PyTorch way and with fused rows, on equal work, and judge by the rule.
 
     Both arms of a pair have the same first weights, the same batches in the same order, and alternate every few steps.
     Building the models and evaluating them is not timed.
@@ -121,6 +123,8 @@ def paired_trial(
         Stop each run after so many steps; by default it is one epoch.
     progress
         Called with the number of steps just done, over all arms and pairs.
+    way
+        The methods that act in our arm, on the same samples.
     tiers, store
         Our rows are over memory and disk, in a folder beside that of the run. The arms then take turns from run to run
         only: rows read ahead while the other arm is timed would cost nothing.
@@ -133,28 +137,30 @@ def paired_trial(
         def run(seed: int) -> Generator[None, None, Outcome]:
             mine = dataclasses.replace(settings, seed=settings.seed + seed)
             with ExitStack() as stack:
-                if tiers is None or plain:
-                    model, optimizers = build_arm(num_rows, train.num_dense, mine, plain=plain)
-                else:
-                    folder = stack.enter_context(_beside(store))
-                    model, optimizers = build_arm(
-                        num_rows, train.num_dense, mine, plain=False, tiers=tiers, store=folder
-                    )
-                stream: Iterator[Encoded] = islice(Batches(train, mine.batch_size, seed=mine.seed).epoch(0), num_steps)
+                over = None if plain else tiers
+                folder = None if over is None else stack.enter_context(_beside(store))
+                model, optimizers = build_arm(
+                    num_rows, train.num_dense, mine, plain=plain, tiers=over, store=folder, update=way.update
+                )
                 if isinstance(model.tables, TieredEmbeddings):
-                    tables = stack.enter_context(model.tables)
-                    stream = iter(stack.enter_context(Prefetch(tables, stream)))
-                seconds, rows = 0.0, 0
-                for first in range(0, num_steps, turn):
-                    size = min(turn, num_steps - first)
+                    stack.enter_context(model.tables)
+                source: Source = LogSource(train, mine.batch_size, mine.seed, most=num_steps)
+                if way.acts and not plain:  # other orders of the same samples
+                    few = Encoded.concat(list(source.epoch(0)))
+                    source = MemorySource(few, mine.batch_size, mine.seed)
+                course = Course(Way(fused=False) if plain else way, model, optimizers, source)
+                steps, seconds, done = iter(course), 0.0, 0
+                while True:
                     start = time.perf_counter()
-                    for batch in islice(stream, size):
-                        train_step(model, optimizers, batch)
-                        rows += len(batch)
+                    size = sum(1 for _ in islice(steps, turn))
                     seconds += time.perf_counter() - start
                     if progress:
                         progress(size)
+                    done += size
+                    if not size:
+                        break
                     yield
+                rows = course.samples
                 metrics = evaluate(model, test, batch_rows=sys.maxsize if tiers is None else mine.batch_size)
                 written = model.tables.counts.rows_updated if isinstance(model.tables, EmbeddingBags) else 0
             runs[name].append(_Run(seconds, rows, metrics, written))

@@ -1,4 +1,4 @@
-"""Point it at a log: where are the few, and what would pay."""
+"""Point it at a log: where are the few, what changes over time, and what would pay."""
 
 from __future__ import annotations
 
@@ -8,14 +8,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitalfew.look.budgets import BudgetLook, MemoryLook, look_at_budgets
     from vitalfew.look.clicks import ColumnLook, Look, look_at_log
+    from vitalfew.look.drift import ColumnDrift, DriftLook, SliceLook, look_at_drift
+    from vitalfew.look.shift import chance_psi, domain_auc, new_id_share, psi
 
-__all__ = ["BudgetLook", "ColumnLook", "Look", "MemoryLook", "look_at_budgets", "look_at_log"]
+_HOME = {
+    "BudgetLook": "budgets",
+    "ColumnDrift": "drift",
+    "ColumnLook": "clicks",
+    "DriftLook": "drift",
+    "Look": "clicks",
+    "MemoryLook": "budgets",
+    "SliceLook": "drift",
+    "chance_psi": "shift",
+    "domain_auc": "shift",
+    "look_at_budgets": "budgets",
+    "look_at_drift": "drift",
+    "look_at_log": "clicks",
+    "new_id_share": "shift",
+    "psi": "shift",
+}
 
-_BUDGETS = ("BudgetLook", "MemoryLook", "look_at_budgets")
+__all__ = [
+    "BudgetLook",
+    "ColumnDrift",
+    "ColumnLook",
+    "DriftLook",
+    "Look",
+    "MemoryLook",
+    "SliceLook",
+    "chance_psi",
+    "domain_auc",
+    "look_at_budgets",
+    "look_at_drift",
+    "look_at_log",
+    "new_id_share",
+    "psi",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"vitalfew.look.{'budgets' if name in _BUDGETS else 'clicks'}"), name)
+    return getattr(import_module(f"vitalfew.look.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""What was seen of memory budgets, as one HTML page with the miss-ratio chart."""
+"""What was seen of a log, of memory budgets and of drift, as one HTML page with charts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from html import escape
 
 from vitalfew.core.files import write_text
 from vitalfew.look.budgets import SLOWER, BudgetLook, MemoryLook
+from vitalfew.look.drift import DriftLook
+from vitalfew.look.drift_page import Models, drift_parts
 from vitalfew.report.charts import miss_ratio_chart
 from vitalfew.report.figures import amount
 from vitalfew.report.html import figure, page, section
 from vitalfew.report.tables import Cell, Table
 
-__all__ = ["answer", "budget_table", "facts", "write_budgets"]
+__all__ = ["answer", "budget_table", "facts", "write_page"]
 
 
 def answer(look: MemoryLook) -> str:
@@ -69,8 +71,29 @@ def _cells(each: BudgetLook, policies: list[str]) -> list[Cell]:
     ]
 
 
-def write_budgets(look: MemoryLook, title: str, path: str | os.PathLike[str]) -> None:
-    """Write the page in one step: the file is whole or absent."""
+def write_page(
+    path: str | os.PathLike[str],
+    title: str,
+    *,
+    memory: MemoryLook | None = None,
+    drift: DriftLook | None = None,
+    models: Models | None = None,
+) -> None:
+    """Write what was seen of memory, of drift, or of both, in one step: the file is whole or absent."""
+    told = ["how much memory the rows need"] * (memory is not None) + ["each slice of time against the first"] * (
+        drift is not None
+    )
+    quiet = escape(" and ".join(told).capitalize())
+    parts = [
+        f'<header><h1>{escape(title)}</h1><p class="quiet">{quiet}</p></header><main>',
+        *([] if memory is None else _budget_parts(memory)),
+        *([] if drift is None else drift_parts(drift, models)),
+        "</main><footer>vitalfew look</footer>",
+    ]
+    write_text(path, page(title, parts))
+
+
+def _budget_parts(look: MemoryLook) -> list[str]:
     shown = [*look.budgets, *([look.enough] if look.enough and look.enough not in look.budgets else [])]
     policies = list(dict.fromkeys(name for each in shown for name in each.misses))
     lines = {
@@ -88,16 +111,13 @@ def write_budgets(look: MemoryLook, title: str, path: str | os.PathLike[str]) ->
         "The first use of a row counts as fetched.",
     )
     notes = "".join(f"<li>{escape(text)}</li>" for text in facts(look))
-    parts = [
-        f'<header><h1>{escape(title)}</h1><p class="quiet">How much memory the rows need</p></header><main>',
+    return [
         f'<section class="verdict none" aria-label="Answer"><p class="headline">{escape(_headline(look))}</p>'
         f"<p>{escape(answer(look))}</p></section>",
         f'<div class="charts">{chart}</div>',
         section(budget_table(look)),
         f"<section><h2>What the figures rest on</h2><ul>{notes}</ul></section>",
-        "</main><footer>vitalfew look</footer>",
     ]
-    write_text(path, page(title, parts))
 
 
 def _headline(look: MemoryLook) -> str:

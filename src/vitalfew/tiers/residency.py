@@ -210,6 +210,18 @@ def _forget(row: Any, visits: Any, bucket: Any, before: Any, after: Any, heads: 
             slot = following
 
 
+@njit(nogil=True, cache=True)
+def _regroup(row: Any, hot: Any, bucket: Any, before: Any, after: Any, heads: Any, tails: Any) -> None:
+    """Put the retained rows into bucket 1 where they are hot, else into bucket 0, oldest first."""
+    slots = heads[:2].copy()
+    heads[:2] = tails[:2] = -1
+    for slot in slots:
+        while slot >= 0:
+            following = after[slot]
+            _link(slot, np.int64(hot[row[slot]]), bucket, before, after, heads, tails)
+            slot = following
+
+
 class Residency:
     """The slots of the fast memory and the rows in them.
 
@@ -246,11 +258,9 @@ class Residency:
         self.retained = 0
         self._visits = np.zeros(num_rows if policy.counts_visits else 0, np.uint8)
         self._hot = np.zeros(num_rows if isinstance(policy, Static) else 0, np.uint8)
-        if isinstance(policy, Static):
-            if len(policy.hot) and not 0 <= policy.hot.min() <= policy.hot.max() < num_rows:
-                raise InputError("a hot row lies outside the tables", hint=f"ids go from 0 to {num_rows - 1}")
-            self._hot[policy.hot] = 1
         self._lists = (self.bucket, self._before, self._after, self._heads, self._tails)
+        if isinstance(policy, Static):
+            self.keep(policy.hot)
 
     @staticmethod
     def bytes_for(num_rows: int, num_slots: int, policy: Policy, ring: int = 1) -> int:
@@ -345,6 +355,14 @@ class Residency:
         self.bucket[slots] = FREE
         self._free[self.num_free : self.num_free + len(slots)] = slots
         self.num_free += len(slots)
+
+    def keep(self, hot: NDArray[np.int64]) -> None:
+        """Change the rows that the `Static` policy keeps, also for those that are here."""
+        if len(hot) and not 0 <= hot.min() <= hot.max() < len(self.where):
+            raise InputError("a hot row lies outside the tables", hint=f"ids go from 0 to {len(self.where) - 1}")
+        self._hot[:] = 0
+        self._hot[hot] = 1
+        _regroup(self.row, self._hot, *self._lists)
 
     def forget(self, ring: int | None = None) -> None:
         """Forget the next uses of all rows, and the numbers of the batches that held them.

@@ -19,6 +19,7 @@ __all__ = ["Fetch", "Schedule"]
 
 
 Leave = Callable[[NDArray[np.int32]], None]
+Begin = Callable[[], None]
 _NO_SLOTS = np.empty(0, np.int32)
 
 
@@ -92,10 +93,11 @@ class Schedule:
             self.residency.foresee(self.window.rows(batch), batch)
         return True
 
-    def load(self, leave: Leave) -> Fetch | None:
+    def load(self, leave: Leave, begin: Begin | None = None) -> Fetch | None:
         """Hold the rows of the next batch; returns what to fetch, or None where it is too early for that batch.
 
-        `leave` is called with slots whose rows have to go first.
+        `leave` is called with slots whose rows have to go first; before that `begin`, when those rows of the batch are
+        held that are here.
         """
         n = self.loaded
         if n >= self.window.entered or n > self.finished + self.ahead:
@@ -115,7 +117,7 @@ class Schedule:
                     hint="give more memory, or use smaller batches",
                 )
             return None
-        found = self._bring(rows, n, short, leave)
+        found = self._bring(rows, n, short, leave, begin)
         self._slots.append(found.slots)
         if len(self._kept):
             self._slots[0] = np.concatenate([found.slots, np.setdiff1d(self._kept, found.slots)])
@@ -126,6 +128,8 @@ class Schedule:
     def hold(self, ids: NDArray[Any], leave: Leave, turn: int | None = None) -> Fetch:
         """Hold more rows, without repeats, for a loaded batch, by default the one whose turn it is; as `load`."""
         turn = self.finished if turn is None else turn
+        if turn >= self.loaded:
+            raise InputError(f"the rows of batch {turn} have not come", hint="leave the loop: its thread has failed")
         short = self.residency.short(ids)
         if short is None:
             raise InputError(
@@ -138,10 +142,12 @@ class Schedule:
         self._slots[at] = np.concatenate([self._slots[at], found.slots])
         return found
 
-    def _bring(self, rows: NDArray[Any], batch: int, short: int, leave: Leave) -> Fetch:
+    def _bring(self, rows: NDArray[Any], batch: int, short: int, leave: Leave, begin: Begin | None = None) -> Fetch:
         residency = self.residency
         last_known = self._last_known()
         slots = residency.hold(rows, batch)
+        if begin is not None:
+            begin()
         if short:
             none = _NO_SLOTS
             leave(residency.finish(none, none, batch, last_known, residency.retained - short, decays=False))

@@ -107,10 +107,13 @@ class RowStore:
 
     # -- turns
 
-    def load(self) -> bool:
-        """Bring in the rows of the next batch; False where it is too early for that."""
+    def load(self, begin: Callable[[], None] | None = None) -> bool:
+        """Bring in the rows of the next batch; False where it is too early for that.
+
+        `begin` is called when those of its rows that are here are held, before any other moves.
+        """
         self._settle()
-        found = self.schedule.load(self._leave)
+        found = self.schedule.load(self._leave, begin)
         if found is not None:
             self._fetch(found)
         return found is not None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
-from vitalfew.report.charts.svg import WIDTH, Axis, circle, fit, line, picture, text, text_width
+from vitalfew.report.charts.svg import WIDTH, Axis, apart, circle, fit, line, picture, polyline, text, text_width
 from vitalfew.report.figures import amount
 
 __all__ = ["miss_ratio_chart"]
@@ -19,11 +18,6 @@ _STEPS = (1, 2, 5)
 
 Points = Sequence[tuple[float, float]]
 Path = list[tuple[float, float]]
-
-
-def _polyline(path: Path, class_: str) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
-    return f'<polyline points="{places}" class="{class_}"/>'
 
 
 def _ticks(low: float) -> list[float]:
@@ -48,18 +42,6 @@ def _frame(x: Axis, y: Axis) -> list[str]:
     parts.append(text((_LEFT + _RIGHT) / 2, _BOTTOM + 36, "of the rows in memory", "head", "middle"))
     parts.append(text(0.0, 10.0, "rows fetched, of those that batches need", "head"))
     return parts
-
-
-def _apart(bases: dict[str, float]) -> dict[str, float]:
-    """Move the base lines of names apart where they are too near, as little as keeps their order."""
-    order = sorted(bases, key=lambda name: bases[name])
-    found = dict(bases)
-    for above, below in pairwise(order):
-        found[below] = max(found[below], found[above] + _SIZE + 2)
-    for below, above in pairwise(reversed(order)):
-        found[below] = min(found[below], _BOTTOM - 2)
-        found[above] = min(found[above], found[below] - _SIZE - 2)
-    return found
 
 
 def miss_ratio_chart(
@@ -102,10 +84,10 @@ def miss_ratio_chart(
     classes = {name: f"c{i}" if i < _COLOURS else "other" for i, name in enumerate(coloured)} | {"belady": "bound"}
     parts = _frame(x, y)
     if len(shown) > 1:
-        parts.append(_polyline(path(shown), "curve other"))
+        parts.append(polyline(path(shown), "curve other"))
     paths = {name: path(points) for name, points in drawn.items()}
     for name, places in reversed(paths.items()):
-        parts.append(_polyline(places, "even" if name == "belady" else f"curve {classes[name]}"))
+        parts.append(polyline(places, "even" if name == "belady" else f"curve {classes[name]}"))
         if name != "belady":
             parts += [circle(px, py, 3.0, f"start {classes[name]}") for px, py in places]
 
@@ -114,7 +96,7 @@ def miss_ratio_chart(
         left = at + 6 if at + 6 + text_width(label, _SIZE) < _RIGHT else at - 6 - text_width(label, _SIZE)
         parts += [line(at, _TOP, at, _BOTTOM, "centre"), text(left, _TOP + 12, label, "head")]
     ends = {name: places[0] for name, places in paths.items()}
-    for name, base in _apart({name: py + 4 for name, (_, py) in ends.items()}).items():
+    for name, base in apart({name: py + 4 for name, (_, py) in ends.items()}, _SIZE + 2, _BOTTOM - 2).items():
         parts.append(
             text(ends[name][0] - 8, base, fit(_NAMES.get(name, name), 76, _SIZE), f"label {classes[name]}", "end")
         )

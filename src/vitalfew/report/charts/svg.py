@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from vitalfew.report.figures import clean
 
-__all__ = ["WIDTH", "Axis", "circle", "fit", "line", "picture", "rect", "spaced", "text", "text_width"]
+__all__ = [
+    "WIDTH",
+    "Axis",
+    "apart",
+    "circle",
+    "fit",
+    "line",
+    "picture",
+    "polyline",
+    "rect",
+    "spaced",
+    "text",
+    "text_width",
+]
 
 # Narrow enough for a phone, and two fit side by side on a desk.
 WIDTH = 480.0
@@ -28,6 +42,12 @@ def _attributes(values: dict[str, float | str]) -> str:
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
     """Return a straight line."""
     return f"<line{_attributes({'x1': x1, 'y1': y1, 'x2': x2, 'y2': y2, 'class': class_})}/>"
+
+
+def polyline(path: Iterable[tuple[float, float]], class_: str) -> str:
+    """Return a line through places."""
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
+    return f'<polyline points="{places}" class="{class_}"/>'
 
 
 def rect(x: float, y: float, width: float, height: float, class_: str) -> str:
@@ -171,3 +191,22 @@ def spaced(
         if all(abs(x - other) >= half + text_width(taken, size) / 2 + 8 for _, other, taken in kept):
             kept.append((tick, x, label))
     return kept
+
+
+def apart(bases: Mapping[str, float], gap: float, bottom: float) -> dict[str, float]:
+    """Move the base lines of names apart where they are nearer than the gap, as little as keeps their order.
+
+    Examples
+    --------
+    >>> apart({"low": 52.0, "high": 50.0}, 14.0, 60.0)
+    {'low': 60.0, 'high': 46.0}
+    """
+    order = sorted(bases, key=lambda name: bases[name])
+    found = dict(bases)
+    for above, below in pairwise(order):
+        found[below] = max(found[below], found[above] + gap)
+    for below in order[-1:]:
+        found[below] = min(found[below], bottom)
+    for below, above in pairwise(reversed(order)):
+        found[above] = min(found[above], found[below] - gap)
+    return found
