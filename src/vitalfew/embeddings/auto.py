@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitalfew.core import Comparison, Declined, Line, Outcome, Rule, compare
+from vitalfew.core import Comparison, Declined, InputError, Line, Outcome, Rule, compare
 from vitalfew.core.compare import Arm
 from vitalfew.data.batches import Batches
 from vitalfew.data.encoded import Encoded
 from vitalfew.data.log import EncodedLog
 from vitalfew.embeddings.choosing import flags_of, hot_rows
 from vitalfew.embeddings.fitting import train_step
-from vitalfew.embeddings.foretell import Foretold, foretell, step_time
+from vitalfew.embeddings.foretell import Foretold, foretell
 from vitalfew.embeddings.payoff import step_seconds
 from vitalfew.embeddings.phases import Place
+from vitalfew.embeddings.room import Room
 from vitalfew.embeddings.settings import Settings, build_arm
 from vitalfew.embeddings.splitting import split_pays
 from vitalfew.embeddings.tables import EmbeddingBags
@@ -75,7 +76,7 @@ class Tried:
     @property
     def reason(self) -> str:
         """Why it is left, or taken."""
-        what = f"foretold: {self.foretold:.2f}x at most ({self.basis})"
+        what = f"foretold: {self.foretold:.2f}x at most ({self.basis})" if self.foretold else self.basis
         if self.comparison is None:
             return what
         return f"{self.comparison.verdict}: {self.comparison.why}; {what}"
@@ -161,12 +162,16 @@ def choose_way(
         done += 1
         progress(min(done / total, 1.0))
 
-    def attempt(way: Way) -> Comparison:
-        return _trial(way, data, held, num_rows, settings, rule, pairs, tiers, store, ran)
+    def attempt(tried: Tried) -> Tried:
+        try:
+            found = _trial(way_named(tried.name), data, held, num_rows, settings, rule, pairs, tiers, store, ran)
+        except InputError as error:  # batches in another order may need more rows at a time
+            return dataclasses.replace(tried, foretold=0.0, basis=error.message)
+        return dataclasses.replace(tried, comparison=found)
 
     for at, each in enumerate(tried):
         if each in candidates:
-            tried[at] = dataclasses.replace(each, comparison=attempt(way_named(each.name)))
+            tried[at] = attempt(each)
         say(f"{each.name}: {'kept' if tried[at].pays else 'declined'}: {tried[at].reason}")
     best = max((each for each in tried if each.pays), key=_speed, default=None)
     if best is None:
@@ -175,7 +180,7 @@ def choose_way(
         joined = _joined(best, other)
         if joined is None:
             continue
-        both = Tried(joined.name, best.foretold * other.foretold, "both foretold ones", attempt(joined))
+        both = attempt(Tried(joined.name, best.foretold * other.foretold, "both foretold ones"))
         tried.append(both)
         say(f"{both.name}: {'kept' if both.pays and _speed(both) > _speed(best) else 'declined'}: {both.reason}")
         if both.pays and _speed(both) > _speed(best):
@@ -248,18 +253,32 @@ def _foretold(
         slots = max(min(room.slots, len(counts)), 1)
         hot = hot_rows(counts, list(num_rows.values()), slots, row_bytes=record_bytes(settings))
         is_hot = flags_of(rows, _NONE if edges is None else edges, len(num_rows), hot.mask())
-        schedule = schedule_for(room, len(counts), tiers.rule(), tiers.ahead)
-        moved = replay(
-            ids_of(_in_phases(data, is_hot, settings.batch_size), num_rows), schedule, queue_bytes=room.queue_bytes
-        )
-        ordered = step_time(
-            moved, compute, base.speed, base.record_bytes, base.rows_below, overlap=base.overlap,
-            planning=base.planning,
-        )  # fmt: skip
-        basis = f"{is_hot.mean():.0%} of the samples are all hot, rows moved {_share(moved.missed, base.moved.missed)}"
-        yield Tried("hot-rows", base.seconds / ordered, basis)
+        yield _hot_foretold(base, data, is_hot, num_rows, settings, tiers, room)
         yield _split_foretold(base, compute, tiers)
     yield from _skip_foretold(batches, num_rows, settings, rows, edges, counts, times, compute, base)
+
+
+def _hot_foretold(
+    base: Foretold,
+    data: Encoded,
+    is_hot: NDArray[np.bool_],
+    num_rows: Mapping[str, int],
+    settings: Settings,
+    tiers: Tiering,
+    room: Room,
+) -> Tried:
+    """Foretell the same samples in phases, by counting what would move."""
+    schedule = schedule_for(room, sum(num_rows.values()), tiers.rule(), tiers.ahead)
+    batches = _in_phases(data, is_hot, settings.batch_size)
+    try:
+        moved = replay(ids_of(batches, num_rows), schedule, queue_bytes=room.queue_bytes)
+    except InputError as error:
+        return Tried("hot-rows", 0.0, error.message)
+    ordered = dataclasses.replace(base, moved=moved).seconds
+    share = _share(moved.missed, base.moved.missed)
+    return Tried(
+        "hot-rows", base.seconds / ordered, f"{is_hot.mean():.0%} of the samples are all hot, rows moved {share}"
+    )
 
 
 def _share(part: int, whole: int) -> str:
