@@ -155,6 +155,8 @@ class SkipStale:
 
     def _end_window(self) -> None:
         watch, rule, self.window = self.watched, self.rule, self.window + 1
+        if not len(watch) and 2 * int(watch.visits.max(initial=0)) < rule.warm_up:
+            return  # no row is near the end of its warm-up: there is nothing to look at
         looked = watch.look(rule.min_visits)
         if self.validate is not None:
             self._steer(looked)
@@ -166,7 +168,7 @@ class SkipStale:
         self.revived += int(moves.sum())
         watch.stale = found & ~moves
         history.quiet = np.where(moves, 0, quiet).astype(np.int32)
-        if self.window % rule.revisit == 1 % rule.revisit:
+        if not len(watch) or self.window % rule.revisit == 1 % rule.revisit:
             kept_looked = watch.ids[looked]
             watch.choose()
             looked = np.isin(watch.ids, kept_looked, assume_unique=True)
@@ -178,10 +180,12 @@ class SkipStale:
     def _steer(self, looked: NDArray[np.bool_]) -> None:
         """Move the threshold by what the validation says."""
         assert self.validate is not None
-        with torch.no_grad():
-            loss = float(self.validate())
         history = self.watched.history
         warm = looked & (history.visits >= self.rule.warm_up)
+        if not warm.any() and not self.watched.stale.any():
+            return  # no threshold would make a row stale
+        with torch.no_grad():
+            loss = float(self.validate())
         self.threshold, self._ceiling = next_threshold(
             self.threshold, self._ceiling, loss, self._best, history.change[warm], history.recent[warm],
             target=self.rule.target, tolerance=self.rule.tolerance,
