@@ -346,7 +346,10 @@ def main() -> None:
                 written = at["left rows per step"] / speed.records_per_page * speed.page_bytes
                 computing = statistics.mean(by["memory"].seconds)
                 overlaps = name_overlaps[arm.name]
-                foretold_s = predict_step(computing, pages, written, speed, overlaps, rows_moved=foretold)
+                crowded = torch.get_num_threads() >= machine()["usable_cores"]
+                foretold_s = predict_step(
+                    computing, pages, written, speed, overlaps, rows_moved=foretold, crowded=crowded
+                )
                 at["foretold step ms"] = 1e3 * foretold_s
                 at["foretold / step"] = at["foretold step ms"] / at["mean step ms"]
             at["disk floor ms"] = 1e3 * at["pages read per step"] / speed.page_reads

@@ -122,16 +122,21 @@ def run(name: str, folder: Path, share: float) -> dict[str, float]:
     schedule = Schedule(
         trace.num_rows, slots, LookAhead(), ahead=2, depth=tables.store.schedule.depth, entries=room.entries
     )
+    start = time.perf_counter()
     found = replay(
         ((b["ids"].numpy(), sum(t.nbytes for t in b.values())) for b in batches),
         schedule, queue_bytes=room.queue_bytes, below=every,
     )  # fmt: skip
+    planning = (time.perf_counter() - start) / len(batches)
     moves, traffic = tables.moves, tables.store.lower.traffic
     computing, measured = statistics.mean(arms[0].seconds[5:]), statistics.mean(arms[1].seconds[5:])
     n = len(batches)
     pages = expected_pages(found.missed / n, trace.num_rows, speed.records_per_page)
     written = found.left / n / speed.records_per_page * speed.page_bytes
-    foretold = predict_step(computing, pages, written, speed, rows_moved=found.missed / n)
+    crowded = torch.get_num_threads() >= machine()["usable_cores"]
+    foretold = predict_step(
+        computing, pages, written, speed, rows_moved=(found.missed + found.left) / n, planning=planning, crowded=crowded
+    )
     tables.close()
     return {
         "rows": trace.num_rows, "slots": slots, "batches": n,
