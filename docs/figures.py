@@ -257,12 +257,98 @@ def gallery(body: Mapping[str, Any]) -> str:
     return chart.replace("<title>", f"<style>{style()}</style><title>", 1) + "\n"
 
 
+def foretold_table(body: Mapping[str, Any]) -> str:
+    """Return what was foretold of training over tiers, and what came."""
+    rows = [
+        f"| {log} | {at['miss ratio foretold']:.3f} | {at['miss ratio']:.3f} | {at['in memory ms']:.1f} ms "
+        f"| {at['step ms foretold']:.1f} ms | {at['step ms']:.1f} ms | {at['foretold / step']:.2f} |"
+        for log, at in body["results"].items()
+        if log != "remote"
+    ]
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}; look-ahead, a tenth of the rows and three batches in memory.",
+            "",
+            "| log | miss ratio foretold | counted | step in memory | foretold | measured | foretold / measured |",
+            "| --- | --: | --: | --: | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
+def stale_rows_table(body: Mapping[str, Any]) -> str:
+    """Return what skipping stale rows and inputs saved and cost, and where it would pay."""
+    rows = []
+    for result in body["results"]:
+        runs = result["runs"]
+        for mode, verdict in result["verdicts"].items():
+            mean = {key: sum(run[mode][key] for run in runs) / len(runs) for key in runs[0][mode]}
+            rows.append(
+                f"| {result['log']}, {result['optimizer']} | {mode} | {mean['frozen']:.1%} "
+                f"| {mean.get('skipped', 0.0):.1%} | {mean['speed-up']:.2f}x | {-mean['auc lost']:+.4f} "
+                f"| {mean['log loss lost']:+.4f} | {verdict} |"
+            )
+    even = [
+        f"| {at['share of lookups']:.0%} | {at['frozen row updates']:.0%} | {at['speed-up, rows']:.2f}x "
+        f"| {at['inputs skipped']:.0%} | {at['speed-up, inputs']:.2f}x |"
+        for at in body["break even"]
+    ]
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}, rows in memory; runs with and without take turns, means over",
+            f"{len(body['results'][0]['runs'])} seeds. `criteo-like` is synthetic.",
+            "",
+            "| log, optimizer | mode | updates left out | inputs left out | speed | AUC | log loss | verdict |",
+            "| --- | --- | --: | --: | --: | --: | --: | --- |",
+            *rows,
+            "",
+            "Where it would pay, on the synthetic log: rows with so many of the lookups are called stale, whatever they do.",
+            "",
+            "| lookups of stale rows | updates left out | speed, mode `rows` | inputs left out | speed, mode `inputs` |",
+            "| --: | --: | --: | --: | --: |",
+            *even,
+            "",
+        )
+    )
+
+
+def drift_table(body: Mapping[str, Any]) -> str:
+    """Return AUC, log loss, parameters and step time of each model."""
+    rows = []
+    for arm, at in body["models"].items():
+        first, last = at["slices"][0], at["slices"][-1]
+        over = last["auc_over_dot"]
+        rows.append(
+            f"| {arm} | {at['dense_parameters']:,} | {1e3 * at['step_seconds']:.1f} ms "
+            + "".join(f"| {each['auc']['mean']:.4f} ({each['auc']['low']:.4f} to {each['auc']['high']:.4f}) "
+                      for each in (first, last))
+            + f"| {over['mean']:+.4f} ({over['low']:+.4f} to {over['high']:+.4f}) | {last['log_loss']['mean']:.4f} |"
+        )  # fmt: skip
+    count = len(next(iter(body["models"].values()))["slices"])
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}, one thread; flights of 2013, trained on the first half,",
+            f"{body['seeds']} seeds with 95 % intervals over them, learning rate chosen per model on the end of that half.",
+            "",
+            f"| model | dense parameters | step | AUC, first later slice | AUC, slice {count} | beyond DLRM there "
+            "| log loss there |",
+            "| --- | --: | --: | --: | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "optimizer": optimizer_table,
     "end_to_end": end_to_end_table,
     "dram_budget": dram_budget_table,
     "lookahead": lookahead_table,
     "methods": methods_table,
+    "foretold": foretold_table,
+    "stale_rows": stale_rows_table,
+    "drift": drift_table,
 }
 
 
