@@ -303,9 +303,9 @@ def stale_rows_table(body: Mapping[str, Any]) -> str:
             "| --- | --- | --: | --: | --: | --: | --: | --- |",
             *rows,
             "",
-            "Where it would pay, on the synthetic log: rows with so many of the lookups are called stale, whatever they do.",
+            "Where it would pay, on the synthetic log: rows with so many of the lookups are simply called stale.",
             "",
-            "| lookups of stale rows | updates left out | speed, mode `rows` | inputs left out | speed, mode `inputs` |",
+            "| lookups of stale rows | updates left out | speed, `rows` | inputs left out | speed, `inputs` |",
             "| --: | --: | --: | --: | --: |",
             *even,
             "",
@@ -329,7 +329,7 @@ def drift_table(body: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"Measured on {machine_of(body['machine'])}, one thread; flights of 2013, trained on the first half,",
-            f"{body['seeds']} seeds with 95 % intervals over them, learning rate chosen per model on the end of that half.",
+            f"{body['seeds']} seeds with 95 % intervals over them, learning rate chosen per model on its last part.",
             "",
             f"| model | dense parameters | step | AUC, first later slice | AUC, slice {count} | beyond DLRM there "
             "| log loss there |",
