@@ -173,6 +173,7 @@ def test_split_batches_over_tiers(log: str, tmp_path: Path) -> None:
         ("cold-rows", "there is no method 'cold-rows'"),
         ("skip-rows+skip-inputs", "two methods of one kind"),
         ("split-batches", "needs rows over memory and disk"),
+        ("plain", "is what runs are compared to"),
     ],
 )
 def test_refused_before_anything_is_read(tmp_path: Path, method: str, message: str) -> None:

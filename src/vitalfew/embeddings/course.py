@@ -298,7 +298,9 @@ class Course:
 
 
 def check_way(way: Way, tiers: Tiering | None) -> None:
-    """Refuse what cannot act on rows that are all in memory."""
+    """Refuse what the command does not train with, or what cannot act on rows that are all in memory."""
+    if not way.fused:
+        raise InputError("plain PyTorch is what runs are compared to", hint="leave --method out, and see --pairs")
     if way.split and tiers is None:
         raise InputError(
             "split-batches needs rows over memory and disk: in memory nothing has to be waited for",
