@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("tiers", [None, Tiering("70%")], ids=["memory", "tiers"])
+@pytest.mark.parametrize("tiers", [None, Tiering("90%")], ids=["memory", "tiers"])
 @pytest.mark.parametrize("method", WAYS)
 def test_resumed_equals_uninterrupted(log: str, tmp_path: Path, method: str, tiers: Tiering | None) -> None:
     def train(out: str, **rest: Any) -> Receipt:
@@ -99,7 +101,7 @@ def test_resumed_equals_uninterrupted(log: str, tmp_path: Path, method: str, tie
 
 def test_stopped_between_the_last_step_and_the_model(log: str, tmp_path: Path) -> None:
     """The bias is corrected once, also where the run was over and only the model was not yet written."""
-    tiers, method = Tiering("70%"), "skip-inputs"
+    tiers, method = Tiering("90%"), "skip-inputs"
 
     def stop(stage: str, done: float) -> None:
         if stage == "test":
@@ -127,6 +129,36 @@ def run(way: str, data: Encoded, **rest: Any) -> tuple[dict[str, torch.Tensor], 
     course = Course(named, model, optimizers, MemorySource(data, 32, 0), epochs=3)
     assert sum(course) <= course.total
     return {name: v for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}, course
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cut_off_after_any_step(way: str) -> None:
+    """Also at the end of a phase, where samples may wait and the loss is not told yet."""
+    data, settings = samples(), dataclasses.replace(SMALL, batch_size=32)
+
+    def begin(state: Any = None) -> tuple[Any, Any, Course]:
+        model, optimizers = build_arm({"user": 40, "shop": 60}, 1, settings, plain=False)
+        course = Course(way_named(way), model, optimizers, MemorySource(data, 32, 0), epochs=40, state=state)
+        return model, optimizers[0], course
+
+    model, optimizer, course = begin()
+    cuts = []
+    for _ in course:
+        if 340 <= course.steps < 362:
+            plain, tensors = pack(course.state_dict())
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), plain, tensors))
+            cuts.append((course.steps, saved))
+    whole = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    assert len(cuts) == 22
+    for step, (weights, dense, plain, tensors) in cuts:
+        model, optimizer, resumed = begin(unpack(plain, tensors))
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(dense)
+        assert resumed.steps == step
+        for _ in resumed:
+            pass
+        assert (resumed.steps, resumed.samples) == (course.steps, course.samples), step
+        assert all(torch.equal(model.state_dict()[name], whole[name]) for name in whole), step
 
 
 def test_without_methods_it_is_the_plain_loop() -> None:
@@ -158,11 +190,13 @@ def test_every_sample_once_with_hot_rows() -> None:
 
 def test_split_batches_over_tiers(log: str, tmp_path: Path) -> None:
     receipt = jobs.train_log(
-        log, OPTIONS, dataclasses.replace(SMALL, epochs=2), tmp_path / "a", pairs=0, tiers=Tiering("70%"),
+        log, OPTIONS, dataclasses.replace(SMALL, epochs=2), tmp_path / "a", pairs=0, tiers=Tiering("90%"),
         method="split-batches",
     )  # fmt: skip
-    assert "batches split" in {line.what for line in receipt.lines}
-    jobs.train_log(log, OPTIONS, dataclasses.replace(SMALL, epochs=2), tmp_path / "b", pairs=0, tiers=Tiering("70%"))
+    said = [line.what for line in receipt.lines]
+    assert "batches split" in said
+    assert len(set(said)) == len(said)
+    jobs.train_log(log, OPTIONS, dataclasses.replace(SMALL, epochs=2), tmp_path / "b", pairs=0, tiers=Tiering("90%"))
     mine, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-5) for name in mine)
 
@@ -180,6 +214,28 @@ def test_refused_before_anything_is_read(tmp_path: Path, method: str, message: s
     with pytest.raises(InputError, match=message):
         jobs.train_log("absent.csv", OPTIONS, SMALL, tmp_path / "a", method=method)
     assert not (tmp_path / "a").exists()
+
+
+def test_memory_that_other_orders_may_not_fit_is_refused_at_once(log: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hot-rows makes batches of up to") as caught:
+        jobs.train_log(log, OPTIONS, SMALL, tmp_path / "a", tiers=Tiering("60%"), method="hot-rows", pairs=0)
+    assert not (tmp_path / "a").exists()
+    least = re.search(r"--memory (\S+) is enough", caught.value.hint or "")
+    assert least
+    short = dataclasses.replace(SMALL, epochs=1)
+    jobs.train_log(log, OPTIONS, short, tmp_path / "a", tiers=Tiering(least[1]), method="hot-rows", pairs=0)
+
+
+def test_killed_in_the_comparison_keeps_what_the_methods_say(log: str, tmp_path: Path) -> None:
+    def stop(stage: str, done: float) -> None:
+        if stage == "compare":
+            raise KeyboardInterrupt
+
+    short = dataclasses.replace(SMALL, epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train_log(log, OPTIONS, short, tmp_path / "a", pairs=1, method="hot-rows", progress=stop)
+    receipt = jobs.resume_log(tmp_path / "a")
+    assert "samples whose rows are all hot" in {line.what for line in receipt.lines}
 
 
 def test_names() -> None:
@@ -216,7 +272,7 @@ def test_auto_declines_with_reasons_and_chooses_once(log: str, tmp_path: Path) -
 
 
 def test_auto_over_tiers_looks_at_everything(log: str, tmp_path: Path) -> None:
-    tiers = Tiering("70%", store=str(tmp_path / "rows"))
+    tiers = Tiering("90%", store=str(tmp_path / "rows"))
     receipt = jobs.train_log(
         log, OPTIONS, dataclasses.replace(SMALL, epochs=1), tmp_path / "a", pairs=0, tiers=tiers, method="auto"
     )

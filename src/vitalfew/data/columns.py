@@ -42,10 +42,10 @@ def read_columns(
         row += batch.num_rows
 
 
-def column_values(batch: pa.RecordBatch, schema: Schema) -> Iterator[Values]:
+def column_values(batch: pa.RecordBatch, schema: Schema, first_row: int = 0) -> Iterator[Values]:
     """Yield the columns of a batch: numeric ones, then the features."""
     for name in schema.numeric:
-        values = numbers(batch.column(name), name)
+        values = numbers(batch.column(name), name, first_row)
         yield Values(name, values, ~np.isnan(values), None)
     for name, keys, valid, lengths in feature_keys(batch, schema, ()):
         yield Values(name, keys.view(np.uint64), valid, lengths)
@@ -56,5 +56,5 @@ def time_text(value: int, type_: pa.DataType) -> str:
     if pa.types.is_integer(type_):
         return str(value)
     if pa.types.is_floating(type_) or pa.types.is_decimal(type_):
-        return f"{value / 1e6:g}"
+        return f"{value / 1e6:.15g}"
     return str(np.datetime64(value, "us").astype("datetime64[m]")).replace("T", " ")

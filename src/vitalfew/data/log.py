@@ -137,6 +137,7 @@ class EncodedLog:
             raise InputError(f"row numbers are a list of integers, got {at.dtype} of shape {at.shape}")
         if len(at) and not 0 <= at.min() <= at.max() < self.num_rows:
             raise InputError(f"rows {at.min()} to {at.max()} are not all within 0 to {self.num_rows - 1}")
+        at = at.astype(np.int64, copy=False)
         width, offsets = len(self.features), None
         if self.is_jagged:
             bags = self._map("offsets.i64")[at[:, None] * width + np.arange(width + 1)].astype(np.int64)

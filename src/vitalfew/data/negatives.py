@@ -102,12 +102,12 @@ def _draw_others(wanted: Ids, users: Ids, items: Ids, ends: Ids, rng: np.random.
     taken = np.append(0, np.cumsum(np.diff(ends)[item]))  # over all users; less what is before its first, a user's own
     first = np.searchsorted(slot, np.arange(len(names) + 1))
     left = total - np.diff(taken[first])
-    if (left < 1).any():
-        user = names[left.argmin()]
+    mine = np.searchsorted(names, wanted)
+    if (left[mine] < 1).any():
+        user = wanted[left[mine].argmin()]
         raise InputError(f"user {user} has every item there is to draw from", hint="leave this user out")
     # Where on its user's shortened line each item is missing; the lines of all users lie one behind the other.
     gaps = slot * (total + 1) + ends[item] - (taken[:-1] - taken[first[slot]])
-    mine = np.searchsorted(names, wanted)
     place = rng.integers(0, left[mine])
     before = np.searchsorted(gaps, mine * (total + 1) + place, "right")
     return np.asarray(np.searchsorted(ends, place + taken[before] - taken[first[mine]], "right") - 1)

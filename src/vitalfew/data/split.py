@@ -156,7 +156,7 @@ class _TimeSample:
     def add(self, chunk: Times) -> None:
         if self.exact and self._seen + len(chunk) > self._limit:
             seen = self.values()
-            self._chunks = [self._rng.permutation(seen)[: self._size]]
+            self._chunks = [self._rng.permutation(seen)[: self._size].copy()]
             self.exact = False
         if self.exact:
             self._chunks.append(chunk)

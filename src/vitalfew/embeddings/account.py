@@ -62,7 +62,7 @@ def gather(
     def stepped(count: int) -> None:
         nonlocal done
         done += count
-        progress("compare", done / steps)
+        progress("compare", min(done / steps, 1.0))
 
     trial = paired_trial(
         job.train, job.test, job.num_rows, job.settings, rule, pairs=pairs, max_steps=max_steps, progress=stepped,
@@ -152,8 +152,8 @@ def make_receipt(
         method=f"fused row updates, {job.settings.optimizer}"
         + ("" if job.tiers is None else ", rows over memory and disk")
         + "".join(f", {name}" for name in job.way.methods),
-        lines=(*job.lines, *lines, *(line for each in job.receipts.values() for line in each.lines)),
-        declined=(*job.declined, *(left for each in job.receipts.values() for left in each.declined)),
+        lines=(*job.lines, *lines),
+        declined=job.declined,
         verdict="undecided",
         why=why or "no paired runs were made (--pairs 0)",
         predictions=tuple(predictions),

@@ -154,6 +154,8 @@ def choose_way(
     data, held = _draw(train, settings, steps)
     say(f"looking at {len(METHODS)} methods; a trial takes {steps} steps, {pairs} pairs")
     tried = list(_foretold(data, num_rows, settings, tiers, store, len(train) * settings.epochs / len(data)))
+    if tiers is not None and not train.is_jagged:
+        tried = [_fitting(each, num_rows, settings, tiers) for each in tried]
     candidates = [each for each in tried if each.foretold >= rule.min_saving]
     done, total = 0, max(2 * pairs * len(candidates), 1)
 
@@ -187,6 +189,16 @@ def choose_way(
             best = both
         break
     return Choice(way_named(best.name), tuple(tried))
+
+
+def _fitting(tried: Tried, num_rows: Mapping[str, int], settings: Settings, tiers: Tiering) -> Tried:
+    """Return what cannot be tried, as its batches may not fit the memory, as not worth it."""
+    most = sum(min(rows, settings.batch_size) for rows in num_rows.values())
+    if not way_named(tried.name).reorders or tiers.suffices(sum(num_rows.values()), most, settings):
+        return tried
+    return dataclasses.replace(
+        tried, foretold=0.0, basis=f"its batches may look up {most:,} rows, which --memory {tiers.memory} may not hold"
+    )
 
 
 def _speed(tried: Tried) -> float:
@@ -401,8 +413,13 @@ def _trial(
 @contextmanager
 def _beside(store: Path | None) -> Iterator[Path]:
     """Give a folder on the disk of the store, and remove it."""
-    where = None if store is None else next(each for each in store.absolute().parents if each.is_dir())
-    folder = Path(tempfile.mkdtemp(prefix=".vitalfew-trial.", suffix=".part", dir=where))
+    if store is None:
+        folder = Path(tempfile.mkdtemp(prefix=".vitalfew-trial.", suffix=".part"))
+    else:
+        where = next(each for each in store.absolute().parents if each.is_dir())
+        folder = where / f".{store.name}.auto.part"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
     try:
         yield folder
     finally:

@@ -244,7 +244,22 @@ def hot_inputs(
             f"the rows {rows.min()} to {rows.max()} are not all within 0 to {hot.num_rows - 1}",
             hint="number them over all tables",
         )
+    check_samples(rows, offsets, width)
     return flags_of(rows, np.empty(0, np.int64) if offsets is None else offsets, width, hot.mask())
+
+
+def check_samples(rows: NDArray[np.int64], offsets: NDArray[np.int64] | None, width: int) -> None:
+    """Refuse lookups that do not divide into samples."""
+    if offsets is None:
+        right = width > 0 and len(rows) % width == 0
+    else:
+        right = (
+            len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(rows) and bool((np.diff(offsets) >= 0).all())
+        )
+    if not right:
+        raise InputError(
+            f"{len(rows):,} rows do not divide into samples", hint="width per sample, or offsets from 0 to the end"
+        )
 
 
 def flags_of(

@@ -198,6 +198,8 @@ class Course:
             assert isinstance(tables, TieredEmbeddings)
             self.reader = self._split = SplitBatches(tables, self._feed, model=self._model)
             stack.enter_context(self._split)
+            if "split" in state:
+                self._split.load_state_dict(state["split"])
         elif self._reads_ahead and isinstance(tables, TieredEmbeddings):
             self.reader = stack.enter_context(Prefetch(tables, self._feed))
         if way.hot:
@@ -235,7 +237,10 @@ class Course:
             epoch, start = divmod(first.get("done", 0), per_epoch)
             yield self._epochs_from(epoch, start)
             return
-        for epoch in range(first.get("epoch", 0), self._epochs):
+        self._epoch = begin = first.get("epoch", 0)
+        if "hot" in first and not first["hot"]["place"]["left"]:
+            yield iter(())  # that phase was trained, but not what waits of it, and its loss was not told
+        for epoch in range(begin, self._epochs):
             self._epoch = epoch
             for phase in self._hot.epoch(epoch):
                 yield self._phase(phase)
@@ -292,6 +297,8 @@ class Course:
             return state
         if self._hot is not None:
             state["hot"] = self._hot.state_dict(self._done)
+        if self._split is not None:
+            state["split"] = self._split.state_dict()
         if self._stale is not None:
             state["stale"] = self._stale.state_dict()
         return state

@@ -178,6 +178,8 @@ class HotRows:
         return self._run(place)
 
     def _run(self, place: Place) -> Iterator[Phase]:
+        if self._place is not place:
+            raise InputError("another epoch has begun, or the hot rows have changed", hint="finish the epoch first")
         batches = self._shuffled(place.epoch)
         last: Kind | None = None
         while (span := place.next(self._total, self.rate)) is not None:
@@ -247,13 +249,14 @@ class HotRows:
         bool
             Whether they were.
         """
-        if self._place is not None and not self._place.is_over(self._total):
-            raise InputError(f"epoch {self._place.epoch} is not finished", hint="finish it first, or undo()")
+        place = self._place or self._resumed
+        if place is not None and not place.is_over(self._total):
+            raise InputError(f"epoch {place.epoch} is not finished", hint="finish it first, or undo()")
         samples = LogRows(self.tables, ids, offsets)
         if not len(samples):
             raise InputError("there are no samples", hint="pass the ids of a log")
         drifted = self._drift(samples) > max_drift
-        self._samples, self._place = samples, None
+        self._samples, self._place, self._resumed = samples, None, None
         self._take(self._choose() if drifted else self.hot)
         return drifted
 
@@ -295,9 +298,8 @@ class HotRows:
                 f"the state is of {wrong[0]} {state[wrong[0]]}, not {mine[wrong[0]]}", hint="make it as it was"
             )
         ids = state["hot"].numpy().astype(np.int64)
-        if not np.array_equal(ids, self.hot.ids):
-            nbytes, rows = len(ids) * self.row_bytes, self.tables.num_rows
-            self._take(HotSet(ids, state["threshold"], state["coverage"], nbytes, rows))
+        nbytes, rows = len(ids) * self.row_bytes, self.tables.num_rows
+        self._take(HotSet(ids, state["threshold"], state["coverage"], nbytes, rows))
         self.rate, self.losses = next_rate(state["rate"], []), list(state["losses"])
         place = state["place"]
         self._place = None

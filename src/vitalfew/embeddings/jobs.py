@@ -29,7 +29,7 @@ from vitalfew.embeddings.options import LogOptions, Progress, Say, hush, silent
 from vitalfew.embeddings.preparing import Job, alone, fresh_folder, log_files, prepare, reopen
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 from vitalfew.embeddings.tiered import TieredEmbeddings
-from vitalfew.embeddings.tiered_job import open_model, train_tiered
+from vitalfew.embeddings.tiered_job import check_batches, open_model, train_tiered
 from vitalfew.embeddings.tiering import Tiering
 from vitalfew.embeddings.way import way_named
 from vitalfew.meter import Scope, scope
@@ -183,6 +183,8 @@ def _prepare(folder: Path, about: dict[str, Any], progress: Progress) -> Job:
     compared, tiers = about["comparison"]["pairs"] > 0, _tiers_of(about)
     job = prepare(*_asked(about), folder, progress, compared=compared, tiers=tiers)
     job.tiers, job.run = tiers, about["run"]
+    if about["method"] != "auto":  # which tries nothing that may not fit
+        check_batches(job, way_named(about["method"]))
     about["notes"] = list(job.notes)
     write_document(folder / "run.json", "run", _VERSION, about)
     return job
@@ -204,7 +206,10 @@ def _complete(job: Job, about: dict[str, Any], every: float, progress: Progress,
         evidence, why = None, no_comparison(job)
         if asked["pairs"] and why is None:
             rule = Rule("equal work", asked["tolerance"])
-            evidence = gather(job, rule, pairs=asked["pairs"], max_steps=asked["steps"], progress=progress)
+            try:
+                evidence = gather(job, rule, pairs=asked["pairs"], max_steps=asked["steps"], progress=progress)
+            except InputError as error:  # other orders of the rows may need more memory at a time
+                why = f"no paired run could be made: {error.message}"
         receipt = make_receipt(
             job, evidence, lines, predictions=predictions, why=why if asked["pairs"] else None, command=about["command"]
         )
@@ -265,10 +270,12 @@ def _trained(job: Job, every: float, progress: Progress, say: Say) -> tuple[list
             train_tiered(job, every, progress, say)
         else:
             model, training = _fit(job, every, progress)
-            lines = training_lines(training, evaluate(model, job.test, progress=lambda share: progress("test", share)))
-            save_model(target, model, {"lines": [dataclasses.asdict(line) for line in lines], "notes": job.notes})
+            metrics = evaluate(model, job.test, progress=lambda share: progress("test", share))
+            lines = [*training_lines(training, metrics), *job.method_lines]
+            save_model(target, model, {"lines": [dataclasses.asdict(line) for line in lines], **job.about_methods})
     about = about_weights(target)
     job.notes[:] = about["notes"]
+    job.declined += tuple(Declined(**each) for each in about.get("declined", ()))
     return [Line(**line) for line in about["lines"]], [Prediction(**each) for each in about.get("predictions", ())]
 
 

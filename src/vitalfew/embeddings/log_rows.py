@@ -51,7 +51,10 @@ class LogRows:
                 )
             self._log, self._len = ids, len(ids)
             return
-        self._ids = as_integers(ids, "ids") if isinstance(ids, Tensor) else np.asarray(ids)
+        if isinstance(ids, Tensor):
+            as_integers(ids.reshape(-1)[:0], "ids")  # refuses what will not do, and copies nothing
+            ids = ids.detach().numpy()
+        self._ids = np.asarray(ids)
         if self._ids.dtype.kind not in "iu":
             raise InputError(f"ids must be integers, got {self._ids.dtype}", hint="encode them")
         if offsets is None:
@@ -79,7 +82,7 @@ class LogRows:
         if not 0 < share <= 1:
             raise InputError(f"a sample must lie in (0, 1], got {share}", hint="1.0 counts all samples")
         counts = np.zeros(self._num_rows, np.int64)
-        rng = np.random.default_rng([seed, 2])  # apart from the streams that shuffle, and from a user's own
+        rng = np.random.default_rng([seed, 0, 2])  # apart from the streams that shuffle
         for rows, edges in self._blocks():
             if share < 1:
                 lengths = np.diff(edges) if len(edges) else np.full(len(rows) // self.width, self.width)

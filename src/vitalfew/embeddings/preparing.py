@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -66,6 +67,17 @@ class Job:
     declined: tuple[Declined, ...] = ()
     lines: tuple[Line, ...] = ()
     receipts: dict[str, Receipt] = field(default_factory=dict)
+
+    @property
+    def method_lines(self) -> list[Line]:
+        """What the methods say of the run."""
+        return [line for each in self.receipts.values() for line in each.lines]
+
+    @property
+    def about_methods(self) -> dict[str, Any]:
+        """What is to be kept beside a model until there is a receipt."""
+        declined = [dataclasses.asdict(left) for each in self.receipts.values() for left in each.declined]
+        return {"notes": self.notes, "declined": declined}
 
     @property
     def num_rows(self) -> dict[str, int]:

@@ -36,6 +36,9 @@ class Passed:
     seen_clicks: float = 0.0
     kept: int = 0
     kept_clicks: float = 0.0
+    dry: int = 0
+    """Batches of the loader since one was given, and below those to come that are trained whole."""
+    owed: int = 0
     size: int = 0
     """Samples of a full batch."""
     waiting: list[Any] = field(default_factory=list)
@@ -62,15 +65,15 @@ class Sieve:
         Batches.
     """
 
-    def __init__(self, layout: Layout, num_rows: int, share: float, lead: int) -> None:
-        self._layout, self._share, self.lead = layout, share, lead
+    def __init__(self, layout: Layout, num_rows: int, share: float, lead: int, every: int) -> None:
+        self._layout, self._share, self.lead, self._every = layout, share, lead, every
         self._flags = np.zeros(num_rows, np.bool_)
         self._flagged = np.empty(0, np.int64)
         # From which batch on which rows are stale; replaced as a whole, since a reader ahead looks at it.
         self._schedule: list[tuple[int, Ints]] = [(0, self._flagged)]
         self._passed = Passed()
         self._marks: dict[int, Passed] = {0: self._passed.copy()}
-        self._resumed = False
+        self._resumed = self._over = False
 
     def handle(
         self,
@@ -89,12 +92,13 @@ class Sieve:
         """Batches of this pass that were put together, trained or not."""
         return max(self._marks)
 
-    def begin(self) -> None:
+    def begin(self, given: int) -> None:
         """Start a pass: nothing is in flight, so what is known holds at once, and batches count from 0 again."""
         if not self._resumed:
             self._schedule = [(0, self._schedule[-1][1])]
-            self._passed.batches, self._passed.size, self._passed.waiting = 0, 0, []
-        self._resumed = False
+            # What was read ahead in vain does not count.
+            self._passed = replace(self.passed(given), batches=0, size=0, waiting=[])
+        self._resumed = self._over = False
         self._marks = {0: self._passed.copy()}
 
     def publish(self, given: int, rows: Ints) -> None:
@@ -102,9 +106,13 @@ class Sieve:
         now, coming = self._known(given)
         self._schedule = [now, *coming, (given + self.lead, rows)]
 
+    def ended(self, given: int) -> int:
+        """Return the mark of the pass's end if that many batches are all there were, else as given."""
+        return self.given if self._over and given + 1 >= self.given else given
+
     def passed(self, given: int) -> Passed:
         """Return what had been read when that many batches of this pass had been put together."""
-        return self._marks[min(given, self.given)]
+        return self._marks[max(min(given, self.given), min(self._marks))]
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +148,9 @@ class Sieve:
         for batch in loader:
             self._follow(number)
             kept, count = self._kept(batch)
-            passed.batches += 1
+            passed.batches, passed.dry = passed.batches + 1, passed.dry + 1
+            if passed.dry >= self._every:  # no update comes to look at any row again
+                passed.owed = self._every
             passed.size = passed.size or count
             if len(kept) == count and not passed.waiting:
                 number = self._give(number)
@@ -158,8 +168,9 @@ class Sieve:
                 yield out
         if passed.waiting:
             out, passed.waiting = self._join(passed.waiting), []
-            self._give(number)
+            number = self._give(number)
             yield out
+        self._marks[number + 1], self._over = passed.copy(), True
 
     def _follow(self, number: int) -> None:
         """Take up the flags that hold for a batch."""
@@ -171,6 +182,7 @@ class Sieve:
 
     def _give(self, number: int) -> int:
         """Note what had been read for a batch; returns the number of the next."""
+        self._passed.dry = 0
         self._marks[number + 1] = self._passed.copy()
         self._marks.pop(number - self.lead - 2, None)
         return number + 1
@@ -181,7 +193,8 @@ class Sieve:
         passed, features = self._passed, len(self._layout.features)
         count = (len(edges) - 1 if len(edges) else len(flat)) // features
         passed.samples += count
-        if not len(self._flagged):
+        if not len(self._flagged) or passed.owed:
+            passed.owed = max(passed.owed - 1, 0)
             return np.arange(count), count
         rows = row_ids(self._layout, flat, edges)
         skip = skippable_inputs(rows, edges if len(edges) else None, features, self._flags, self._share)

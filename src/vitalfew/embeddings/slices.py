@@ -167,6 +167,7 @@ def models_by_slice(
                 train_step(model, optimizers, batch)
                 progress(f"train {name}", (n + 1) / total)
             found[name] = quality_by_slice(model, job.test, cuts[1:-1])
+            del model, optimizers  # or its rows would be in memory beside those of the next
         return found
 
 

@@ -52,8 +52,9 @@ class SplitBatches(Generic[B]):
     """The batches of a loader, in its order, each in parts: first the samples whose rows are in memory.
 
     A batch's popular part is what is in memory when its turn to load comes; that follows from ids alone. The loop gets
-    it at once, and the rest when the thread has gathered its rows. Every row gets one update per batch, from gradients
-    summed in the order of the whole batch's samples: bit for bit what it would get unsplit from the same gradients.
+    it at once (compute each part before you ask for the next), and the rest when the thread has gathered its rows.
+    Every row gets one update per batch, from gradients summed in the order of the whole batch's samples: bit for
+    bit what it would get unsplit from the same gradients.
 
     Parameters
     ----------
@@ -276,7 +277,8 @@ class _SplitRun(_Run[B]):
             self._owed = False
             yield self._part(batch, plan.rest, plan, "rest", cut)
         finally:
-            rows.begin_part(_NONE)
+            if not self._stop:
+                rows.begin_part(_NONE)
 
     def _part(
         self,
@@ -294,7 +296,8 @@ class _SplitRun(_Run[B]):
         return len(ids) if offsets is None else (len(offsets) - 1) // len(self._owner.tables.features)
 
     def close(self) -> int:
-        self._rows.begin_part(_NONE)
+        if not self._stop:
+            self._rows.begin_part(_NONE)
         return super().close()
 
     def done(self) -> SplitPlan:

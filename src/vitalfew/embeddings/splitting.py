@@ -54,7 +54,14 @@ def split_batch(
     Cost: one pass over the rows. A sample without rows is popular.
     """
     from vitalfew.embeddings._kernels_choose import all_flagged
+    from vitalfew.embeddings.choosing import check_samples
 
+    check_samples(rows, offsets, width)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(resident):
+        raise InputError(
+            f"the rows {rows.min()} to {rows.max()} are not all within 0 to {len(resident) - 1}",
+            hint="pass one flag per row of all tables",
+        )
     edges = np.empty(0, np.int64) if offsets is None else offsets
     popular = all_flagged(rows, edges, width, resident)
     return np.flatnonzero(popular), np.flatnonzero(~popular)
@@ -257,6 +264,11 @@ def take_samples(batch: Any, numbers: NDArray[np.int64], num_samples: int, name:
     if isinstance(batch, Mapping):
         return {key: take_samples(value, numbers, num_samples, f"`{key}`") for key, value in batch.items()}
     if isinstance(batch, list | tuple):
+        if len(batch) == num_samples and all(isinstance(each, bool | int | float | str) for each in batch):
+            raise InputError(
+                f"{name} is a {type(batch).__name__} of plain values, one per sample",
+                hint="make it an array, or pass take=lambda batch, numbers: ... to SplitBatches",
+            )
         parts = [take_samples(value, numbers, num_samples, f"item {k}") for k, value in enumerate(batch)]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

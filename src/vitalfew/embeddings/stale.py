@@ -79,9 +79,10 @@ class SkipStale:
     Notes
     -----
     With ``max_change=0`` or ``warm_up=float("inf")`` training is bit for bit as without. Results depend on batches and
-    seed, never on the clock. Cost: four bytes per row for counting, a snapshot of each watched row, and in each window
-    one look at the rows updated in it, also at those that have left for a lower tier since. What a row has moved before
-    it is watched counts from the first values that the tables have given it.
+    seed, never on the clock. Cost: five bytes per row for counting and flags (for a moment eight more), a snapshot
+    of each watched row (two while they are chosen), and in each window one look at the rows updated in it, also at
+    those that have left for a lower tier since. What a row has moved before it is watched counts from the first
+    values that the tables have given it.
 
     References
     ----------
@@ -128,7 +129,7 @@ class SkipStale:
         first = FirstRows([table.num_rows for table in tables.tables], tables._first_seed)
         self.watched = Watch(rows, first, tables.num_rows, num_watched(watch, tables))
         flags = tables.num_rows if mode == "inputs" else 0
-        self._sieve = Sieve(tables.layout, flags, share, lead_of(tables) if lead is None else lead)
+        self._sieve = Sieve(tables.layout, flags, share, lead_of(tables) if lead is None else lead, every)
         moves = tables.moves if isinstance(tables, TieredEmbeddings) else None
         self.before = (rows.counted().rows_updated, rows.counts.rows_frozen, moves and (moves.left, moves.clean))
         """What had been counted before: rows updated and frozen, rows that left and clean ones of them."""
@@ -149,7 +150,8 @@ class SkipStale:
 
     def _updated(self) -> None:
         self.updates += 1
-        self._since += 1
+        rows = self.tables.rows
+        self._since = rows.turn + 1 if isinstance(rows, TieredRows) and rows.driven else self._since + 1
         if self.updates % self.rule.every == 0:
             self._end_window()
 
@@ -184,10 +186,11 @@ class SkipStale:
         warm = looked & (history.visits >= self.rule.warm_up)
         if not warm.any() and not self.watched.stale.any():
             return  # no threshold would make a row stale
+        known = warm | self.watched.stale  # what is saved already counts towards the target
         with torch.no_grad():
             loss = float(self.validate())
         self.threshold, self._ceiling = next_threshold(
-            self.threshold, self._ceiling, loss, self._best, history.change[warm], history.recent[warm],
+            self.threshold, self._ceiling, loss, self._best, history.change[known], history.visits[known],
             target=self.rule.target, tolerance=self.rule.tolerance,
         )  # fmt: skip
         self._best = min(self._best, loss)
@@ -243,8 +246,7 @@ class SkipStale:
             self.tables.check_shape(flat, offsets)
             return flat, offsets
 
-        self._sieve.handle(checked, labels, take, join)
-        return _Inputs(self, loader)
+        return _Inputs(self, loader, (checked, labels, take, join))
 
     def _begin(self) -> None:
         rows = self.tables.rows
@@ -253,15 +255,15 @@ class SkipStale:
                 f"Prefetch reads up to {lead_of(self.tables)} batches ahead, and lead is {self._sieve.lead}",
                 hint="leave lead= out",
             )
+        self._sieve.begin(self._sieve.ended(self._since) if self._sieve.lead else self._sieve.given)
         self._since = 0
-        self._sieve.begin()
 
     def _given(self) -> int:
         """Return how many batches of this pass were trained."""
         rows = self.tables.rows
         if isinstance(rows, TieredRows) and rows.driven:
             return rows.turn + 1
-        return self._since if self._sieve.lead else self._sieve.given
+        return self._sieve.ended(self._since) if self._sieve.lead else self._sieve.given
 
     @property
     def batches_read(self) -> int:
@@ -309,6 +311,8 @@ class SkipStale:
         rows = self.tables.rows
         if self._active:
             rows.frozen, rows.visits, rows.on_update = np.empty(0, np.uint8), np.empty(0, np.uint32), None
+            if self.mode == "inputs":
+                self._sieve.publish(self._given(), np.empty(0, np.int64))
         self._active = False
 
     def __enter__(self) -> SkipStale:
@@ -339,7 +343,7 @@ class SkipStale:
         self.updates, self.window = state["updates"], state["window"]
         self.revived, self.most_stale = state["revived"], state["most_stale"]
         self._since = 0
-        if self.mode == "rows":
+        if self.mode == "rows" and self._active:
             self._apply()
 
     def receipt(self) -> Receipt:
@@ -350,9 +354,10 @@ class SkipStale:
 class _Inputs:
     """A loader without what is stale; each loop over it is a pass."""
 
-    def __init__(self, owner: SkipStale, loader: Iterable[Any]) -> None:
-        self._owner, self._loader = owner, loader
+    def __init__(self, owner: SkipStale, loader: Iterable[Any], how: tuple[Any, ...]) -> None:
+        self._owner, self._loader, self._how = owner, loader, how
 
     def __iter__(self) -> Iterator[Any]:
         self._owner._begin()
+        self._owner._sieve.handle(*self._how)
         return self._owner._sieve.batches(self._loader)

@@ -36,6 +36,8 @@ class StaleRule:
         if isinstance(self.max_change, str) and not self.auto:
             raise InputError(f"max_change must be a number or 'auto', got {self.max_change!r}", hint="0.1 is usual")
         _check(self.first_threshold, self.min_visits, self.warm_up, self.windows)
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must lie in [0, 2**64), got {self.seed}", hint="0 is the default")
         for name in ("every", "revisit"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}", hint="200 and 8 are usual")

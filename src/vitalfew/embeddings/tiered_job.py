@@ -19,6 +19,7 @@ import torch
 from vitalfew.core import InputError, Line, Prediction
 from vitalfew.data.batches import Batches
 from vitalfew.embeddings.account import training_lines
+from vitalfew.embeddings.ahead import Prefetch
 from vitalfew.embeddings.checkpoint import about_weights, load_weights, save_checkpoint, save_model
 from vitalfew.embeddings.course import Course, course_of
 from vitalfew.embeddings.fitting import evaluate, stream
@@ -29,11 +30,12 @@ from vitalfew.embeddings.preparing import Job
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 from vitalfew.embeddings.tiered import TieredEmbeddings
 from vitalfew.embeddings.tiering import Tiering
+from vitalfew.embeddings.way import Way
 from vitalfew.meter import Scope, scope
 from vitalfew.tiers._commits import COMMIT
 from vitalfew.tiers.replay import Replayed
 
-__all__ = ["open_model", "train_tiered"]
+__all__ = ["check_batches", "open_model", "train_tiered"]
 
 _FORETOLD_STEPS = 20_000
 """A longer run is foretold by its first steps."""
@@ -110,14 +112,28 @@ def train_tiered(job: Job, every: float, progress: Progress, say: Say) -> None:
         metrics = evaluate(
             model, job.test, progress=lambda share: progress("test", share), batch_rows=settings.batch_size
         )
-        lines = [*training_lines(training, metrics), *account]
+        lines = [*training_lines(training, metrics), *account, *job.method_lines]
         about = {
             "lines": [dataclasses.asdict(line) for line in lines],
             "predictions": [dataclasses.asdict(each) for each in predictions],
-            "notes": job.notes,
+            **job.about_methods,
             "step": course.steps,
         }
         save_model(job.out / "model", model, about)
+
+
+def check_batches(job: Job, way: Way) -> None:
+    """Refuse memory that may not hold the batches that methods make of other samples than those that were checked."""
+    tiers = job.tiers
+    if tiers is None or not way.reorders or job.train.is_jagged:
+        return
+    most = sum(min(rows, job.settings.batch_size) for rows in job.num_rows.values())
+    if not tiers.suffices(sum(job.num_rows.values()), most, job.settings):
+        least = tiers.least(sum(job.num_rows.values()), most, job.settings)
+        raise InputError(
+            f"{way.name} makes batches of up to {most:,} rows, and --memory {tiers.memory} may not hold them",
+            hint=f"--memory {least} is enough, or a smaller --batch-size",
+        )
 
 
 def _fit(
@@ -143,7 +159,8 @@ def _fit(
     job.receipts.update(course.receipts)
     steps, moves = course.steps - first, tables.moves
     moved = Replayed(steps, moves.needed, moves.missed, moves.fresh, moves.left)
-    account = course.reader.receipt().lines if course.reader is not None else ()
+    # That of split batches is among those of the methods.
+    account = course.reader.receipt().lines if isinstance(course.reader, Prefetch) else ()
     return training, account, foretold.against(moved, seconds / steps) if foretold and steps else ()
 
 

@@ -137,17 +137,18 @@ class Tiering:
         """Refuse memory that the rows of the largest batch do not fit; `batches` are read only if it may be so."""
         total = sum(num_rows.values())
         most = sum(min(rows, settings.batch_size) for rows in num_rows.values())
-        if not jagged and self._suffices(total, most, settings):
+        if not jagged and self.suffices(total, most, settings):
             return
         largest = max((_distinct(ids) for ids, _ in ids_of(batches, num_rows)), default=1)
-        if not self._suffices(total, largest, settings):
+        if not self.suffices(total, largest, settings):
             least = self.least(total, largest, settings)
             raise InputError(
                 f"a batch needs {largest:,} rows at a time, and --memory {self.memory} is not enough for them",
                 hint=f"the least is --memory {least}, or use a smaller --batch-size",
             )
 
-    def _suffices(self, total: int, rows: int, settings: Settings, memory: str | None = None) -> bool:
+    def suffices(self, total: int, rows: int, settings: Settings, memory: str | None = None) -> bool:
+        """Say whether so many of all rows fit at a time."""
         try:
             room = self.room(total, settings, memory=memory)
         except InputError:
@@ -157,11 +158,11 @@ class Tiering:
     def least(self, total: int, rows: int, settings: Settings) -> str:
         """Return the smallest memory that so many rows at a time fit, to a hundredth of a MiB."""
         low, high = 0, 1
-        while not self._suffices(total, rows, settings, _mib(high)):
+        while not self.suffices(total, rows, settings, _mib(high)):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            if self._suffices(total, rows, settings, _mib(middle)):
+            if self.suffices(total, rows, settings, _mib(middle)):
                 high = middle
             else:
                 low = middle

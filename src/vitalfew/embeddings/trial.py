@@ -149,16 +149,15 @@ def paired_trial(
                     few = Encoded.concat(list(source.epoch(0)))
                     source = MemorySource(few, mine.batch_size, mine.seed)
                 course = Course(Way(fused=False) if plain else way, model, optimizers, source)
-                steps, seconds, done = iter(course), 0.0, 0
+                steps, seconds = iter(course), 0.0
                 while True:
                     start = time.perf_counter()
                     size = sum(1 for _ in islice(steps, turn))
                     seconds += time.perf_counter() - start
-                    if progress:
-                        progress(size)
-                    done += size
                     if not size:
                         break
+                    if progress:
+                        progress(size)
                     yield
                 rows = course.samples
                 metrics = evaluate(model, test, batch_rows=sys.maxsize if tiers is None else mine.batch_size)

@@ -53,7 +53,7 @@ class Watch:
     num_rows
         Of all tables.
     count
-        Rows to watch at most, beside those that are stale.
+        Rows to watch at most, with those that are stale.
     """
 
     def __init__(self, rows: Rows, first: FirstRows, num_rows: int, count: int) -> None:

@@ -47,6 +47,11 @@ class Way:
         return "step" if self.split else "backward"
 
     @property
+    def reorders(self) -> bool:
+        """Whether batches are of other samples than those of plain shuffling."""
+        return self.hot or self.skip == "inputs"
+
+    @property
     def acts(self) -> bool:
         """Whether any method does."""
         return bool(self.methods)

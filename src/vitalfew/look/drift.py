@@ -17,7 +17,7 @@ from vitalfew.data import Schema
 from vitalfew.data.columns import Values, column_values, read_columns, time_text
 from vitalfew.data.split import time_slices
 from vitalfew.embeddings.options import LogOptions, Progress, open_with, silent
-from vitalfew.look.coding import Coder, Rows
+from vitalfew.look.coding import MISSING, Coder, Rows
 from vitalfew.look.shift import chance_psi, domain_auc, new_id_share, psi
 
 __all__ = ["ColumnDrift", "DriftLook", "SliceLook", "look_at_drift"]
@@ -166,7 +166,7 @@ def look_at_drift(
     rng = np.random.default_rng(seed)
     for batch, when, _ in read_columns(reader, schema, lambda share: progress("learn the base", share)):
         is_base = when <= cuts[0]
-        for values in column_values(batch, schema):
+        for values in column_values(batch, schema, total):
             coders[values.name].learn(values, is_base, rng)
         total, base_rows = total + len(when), base_rows + int(is_base.sum())
     smallest = max((total - base_rows) // max(len(cuts) - 1, 1), 1)
@@ -215,9 +215,14 @@ class _Tally:
             codes, is_new = coder.codes(values)
             where = place if values.lengths is None else np.repeat(place, values.lengths)
             counts += np.bincount(where * coder.num_bins + codes, minlength=counts.size).reshape(counts.shape)
+            there = values.valid
+            if values.lengths is not None:
+                counts[:, MISSING] += np.bincount(place[values.lengths == 0], minlength=size)
+                row = np.repeat(np.arange(len(place)), values.lengths)
+                there = np.bincount(row[values.valid], minlength=len(place)) > 0
             self._new[values.name] += np.bincount(where[is_new], minlength=size)
+            self._empty[values.name] += np.bincount(place[~there], minlength=size)
             drawn.append(coder.one_per_row(codes, values.lengths, self._rng))
-            self._empty[values.name] += np.bincount(place[drawn[-1] == 0], minlength=size)
         rows = np.stack(drawn, axis=1)
         for k, sample in enumerate(self._samples):
             sample.add(rows[place == k], self._rng)

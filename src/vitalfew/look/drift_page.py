@@ -109,7 +109,8 @@ def _number(value: float | None, digits: int = 2) -> Cell:
 
 def drift_parts(look: DriftLook, models: Models | None = None) -> list[str]:
     """Return the parts of a page."""
-    starts = [each.start.split()[0] for each in look.slices]
+    days = [each.start.split()[0] for each in look.slices]
+    starts = days if len(set(days)) == len(days) else [each.start for each in look.slices]
     psi = {column.name: [(each, None, None) for each in column.psi] for column in _by_drift(look)}
     told = [None if each.auc is None else (each.auc.mean, each.auc.low, each.auc.high) for each in look.slices]
     charts = [

@@ -124,9 +124,8 @@ def domain_auc(before: ArrayLike, now: ArrayLike, *, folds: int = 5, seed: int =
     # The folds share most of what their models learn from (Nadeau and Bengio 2003); without this the interval of two
     # draws from one distribution misses 0.5 twice as often as it should.
     wider = math.sqrt(1 + folds / (folds - 1))
-    return Interval(
-        around.mean, around.mean - wider * (around.mean - around.low), around.mean + wider * (around.high - around.mean)
-    )
+    low, high = (around.mean + wider * (end - around.mean) for end in (around.low, around.high))
+    return Interval(around.mean, max(low, 0.0), min(high, 1.0))
 
 
 def _counts(before: ArrayLike, now: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -127,7 +127,10 @@ class AdRec(ClickModel):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}", hint="one layer, two heads are usual")
         if tables.dim % heads:
-            raise InputError(f"{heads} heads do not divide rows of {tables.dim}", hint="such as heads=2")
+            raise InputError(
+                f"{heads} heads do not divide rows of {tables.dim}",
+                hint="use heads=1, or rows whose width the heads divide (--dim)",
+            )
         if not 0 < keep <= 1:
             raise InputError(f"keep is a share above 0 and up to 1, got {keep}", hint="0.5 keeps half of the pairs")
         if keep != _KEEP and mask != "learned":

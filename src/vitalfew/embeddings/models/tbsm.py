@@ -102,7 +102,13 @@ class TBSM(DotModel):
                 f"expected ids of shape (samples, {items}, {features}), got {tuple(ids.shape)}",
                 hint="the items of a history in the order of time, the last one last",
             )
-        samples = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // (features * items)
+        bags = features * items
+        if offsets is not None and (offsets.shape[0] - 1) % bags:
+            raise InputError(
+                f"{offsets.shape[0] - 1} bags do not divide among {items} items of {features} features",
+                hint="a sample has history + 1 items",
+            )
+        samples = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // bags
         self._check_dense(dense, samples, items)
         fields = self.tables(ids.flatten(0, 1) if offsets is None else ids, offsets)
         vectors = F.normalize(self._vectors(None if dense is None else dense.flatten(0, 1), fields), dim=1)

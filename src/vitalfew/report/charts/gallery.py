@@ -100,7 +100,7 @@ def _cell(cell: Cell, axis: Axis, top: float, tolerance: float) -> list[str]:
 
 def _short(difference: float) -> str:
     """Return a difference without a zero before its point, as there is little room."""
-    return f"{difference:+.3f}".replace("0.", ".", 1)
+    return f"{difference:+.3f}".replace("+0.", "+.").replace("-0.", "-.")
 
 
 def _in_two(name: str) -> tuple[str, str]:

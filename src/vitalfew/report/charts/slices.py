@@ -74,7 +74,7 @@ def slices_chart(
     x = Axis(-0.25, len(starts) - 0.75, _LEFT, right)
     y = Axis.over([*heights, *shown, *([] if floor is None else [floor])], _BOTTOM, _TOP, pad=0.04, least=1e-3)
     if floor is not None:
-        y = Axis(floor, y.high, _BOTTOM, _TOP)
+        y = Axis(min(floor, *heights), y.high, _BOTTOM, _TOP)
     parts = [text(0.0, 10.0, what, "head")]
     for height in y.ticks(7):
         at = y.place(height)
