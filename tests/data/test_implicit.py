@@ -219,6 +219,12 @@ def test_what_is_known_besides_is_no_negative():
     assert set(samples.item[1:].tolist()) == {2, 3}
 
 
+def test_a_user_known_besides_may_have_everything():
+    assert negatives(([0], [0]), 2, known=([1, 1], [0, 1])).item[1:].tolist() == [1] * 4
+    with pytest.raises(InputError, match="which no int64 holds"):
+        negatives((np.array([2**63 + 5], np.uint64), [0]), 3)
+
+
 def test_the_seed_decides():
     pairs = (np.arange(100), np.arange(100))
     first, again, other = (negatives(pairs, 1000, seed=seed).item for seed in (1, 1, 2))

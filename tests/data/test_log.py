@@ -208,6 +208,9 @@ def test_rows_of_any_numbers(logs):
         assert same(found, whole.take(np.asarray(numbers)))
         assert (found.ids.dtype, found.dense.dtype, found.label.dtype) == (np.int64, np.float32, np.float32)
         assert (found.ids.flags.writeable and found.ids.base is None) or not found.ids.size
+    near = np.arange(60, 100)
+    for dtype in (np.int8, np.uint8, np.uint64):  # the places of bags need more bits than the numbers
+        assert same(train.rows(near.astype(dtype)), whole.take(near))
     for wrong in ([800], [-1], [0.5], [[1]], True):
         with pytest.raises(InputError, match=r"800|-1|float64|shape"):
             train.rows(wrong)

@@ -75,6 +75,12 @@ def test_classifier_knows_nothing_where_there_is_nothing() -> None:
     assert abs(np.mean(means) - 0.5) < 0.01
 
 
+def test_interval_of_a_classifier_stays_where_an_auc_can_be() -> None:
+    rng = np.random.default_rng(0)
+    found = domain_auc(rng.integers(0, 6, (60, 1)), rng.integers(5, 11, (60, 1)))
+    assert 0.9 < found.mean <= found.high <= 1
+
+
 def test_classifier_finds_what_only_columns_together_tell() -> None:
     rng = np.random.default_rng(0)
     weak = [domain_auc(*(rng.random((2000, 1)) < share for share in (0.5, 0.6)))]
@@ -203,6 +209,16 @@ def test_values_that_go_missing(make: Make) -> None:
         assert by_name(look)[name].missing == (0, 1, 1)
         assert by_name(look)[name].new == (0, 0, 0)
         assert by_name(look)[name].finding == "far"
+
+
+def test_lists_that_become_empty(make: Make) -> None:
+    """Nothing in a list is a value that is missing, also where all lists of a slice are empty."""
+    tags = [[] if n >= ROWS * 3 // 4 else ["a", "b"][: 1 + n % 2] for n in range(ROWS)]
+    found = by_name(look_at_drift(make(tags=pa.array(tags)), OPTIONS, 4))["tags"]
+    assert found.missing == (0, 0, 1)
+    assert found.finding == "far"
+    empty = pa.array([[]] * ROWS, pa.list_(pa.string()))
+    assert by_name(look_at_drift(make(tags=empty), OPTIONS, 4))["tags"].finding == "steady"
 
 
 def test_values_that_the_base_lacks_altogether(make: Make) -> None:

@@ -124,4 +124,9 @@ def _pairs(pairs: Sequence[ArrayLike], num_items: int) -> tuple[Ids, Ids]:
         raise InputError(
             f"items go from {items.min()} to {items.max()}, and num_items is {num_items}", hint="ids are below it"
         )
+    if len(users) and int(users.max()) >= 2**63:
+        raise InputError(
+            f"a user is {users.max()}, which no int64 holds",
+            hint="number the users first: numpy.unique(users, return_inverse=True)",
+        )
     return users.astype(np.int64), items.astype(np.int64)
