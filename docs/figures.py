@@ -18,8 +18,9 @@ from typing import Any
 
 from vitalfew.core import Receipt
 from vitalfew.core.files import read_document, write_text
-from vitalfew.report.charts import ladder_chart, pairs_chart
+from vitalfew.report.charts import ladder_chart, pairs_chart, slices_chart
 from vitalfew.report.charts.gallery import Cell, gallery_chart
+from vitalfew.report.charts.slices import Point
 from vitalfew.report.charts.svg import fit, text
 from vitalfew.report.figures import amount, headline
 
@@ -43,7 +44,13 @@ def style() -> str:
     return (
         f"svg {{ font: 13px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; }}\n{plain}\n"
         f"svg .quiet {{ fill: {colours['--muted']}; }}\n"
-        f"svg .word {{ fill: {colours['--ink']}; font-weight: 700; letter-spacing: .06em; }}\n"
+        + "".join(
+            f"svg .curve.c{k} {{ fill: none; stroke: {colours[f'--c{k}']}; stroke-width: 2; }}\n"
+            f"svg .start.c{k} {{ fill: {colours[f'--c{k}']}; }}\n"
+            f"svg .label.c{k} {{ fill: {colours[f'--c{k}']}; font-size: 12px; font-weight: 600; }}\n"
+            for k in range(2)
+        )
+        + f"svg .word {{ fill: {colours['--ink']}; font-weight: 700; letter-spacing: .06em; }}\n"
         "svg .claim { font-size: 26px; font-weight: 650; }\n"
     )
 
@@ -303,6 +310,8 @@ def stale_rows_table(body: Mapping[str, Any]) -> str:
             "| --- | --- | --: | --: | --: | --: | --: | --- |",
             *rows,
             "",
+            "![Speed by the share of lookups that are of stale rows](../images/break_even.svg)",
+            "",
             "Where it would pay, on the synthetic log: rows with so many of the lookups are simply called stale.",
             "",
             "| lookups of stale rows | updates left out | speed, `rows` | inputs left out | speed, `inputs` |",
@@ -311,6 +320,19 @@ def stale_rows_table(body: Mapping[str, Any]) -> str:
             "",
         )
     )
+
+
+def break_even(body: Mapping[str, Any]) -> str:
+    """Return the chart of how fast each mode is, the more of the lookups are of stale rows."""
+    shares = [f"{at['share of lookups']:.0%}" for at in body["break even"]]
+    lines: dict[str, list[Point]] = {
+        mode: [(at[f"speed-up, {mode}"], None, None) for at in body["break even"]] for mode in ("rows", "inputs")
+    }
+    chart = slices_chart(
+        "Speed by the share of lookups that are of stale rows", lines, shares, what="speed, times training them",
+        marks={1.0: "no gain"}, floor=0.5, below="share of the lookups that are of stale rows",
+    )  # fmt: skip
+    return chart.replace("<title>", f"<style>{style()}</style><title>", 1) + "\n"
 
 
 def drift_table(body: Mapping[str, Any]) -> str:
@@ -375,6 +397,9 @@ def main(arguments: list[str]) -> None:
     if (RESULTS / "methods.json").exists():
         body = read_document(RESULTS / "methods.json", "benchmark", 1)
         write_text(ROOT / "docs" / "images" / "gallery.svg", gallery(body))
+    if (RESULTS / "stale_rows.json").exists():
+        body = read_document(RESULTS / "stale_rows.json", "benchmark", 1)
+        write_text(ROOT / "docs" / "images" / "break_even.svg", break_even(body))
     for file in PLACES:
         write_text(file, updated(file.read_text(encoding="utf-8"), receipt))
 

@@ -38,6 +38,7 @@ def slices_chart(
     what: str,
     marks: Mapping[float, str] | None = None,
     floor: float | None = None,
+    below: str = "slice from",
 ) -> str:
     """Return the picture of a line per name; the first four names are coloured, the others stand behind in grey.
 
@@ -55,6 +56,8 @@ def slices_chart(
         Heights to mark with a dotted line, and what to write there.
     floor
         Where the axis begins; by default at the lowest point.
+    below
+        Stands below the axis.
 
     Examples
     --------
@@ -83,7 +86,7 @@ def slices_chart(
     # The first and the last have precedence.
     for _, at, label in spaced([*labels[:1], *labels[-1:], *labels[1:-1]], (0.0, right + 14), 11.0):
         parts.append(text(at, _BOTTOM + 18, label, "tick", "middle"))
-    parts.append(text((_LEFT + right) / 2, _BOTTOM + 38, "slice from", "head", "middle"))
+    parts.append(text((_LEFT + right) / 2, _BOTTOM + 38, below, "head", "middle"))
     for height in shown:
         at = y.place(height)
         parts.append(f'<line x1="{_LEFT:.1f}" y1="{at:.1f}" x2="{right:.1f}" y2="{at:.1f}" class="even"/>')
