@@ -189,6 +189,8 @@ class SkipStale:
         known = warm | self.watched.stale  # what is saved already counts towards the target
         with torch.no_grad():
             loss = float(self.validate())
+        if not self.watched.stale.any():  # whatever made the loss worse, it was not this
+            loss = min(loss, self._best)
         self.threshold, self._ceiling = next_threshold(
             self.threshold, self._ceiling, loss, self._best, history.change[known], history.visits[known],
             target=self.rule.target, tolerance=self.rule.tolerance,
