@@ -425,9 +425,9 @@ def test_too_little_memory_and_the_least(refused: Any, cli: Cli, start: Start, l
 def test_the_least_is_the_least(optimizer: str) -> None:
     settings = Settings(dim=4, optimizer=optimizer)
     least = Tiering("1GiB").least(10**6, 20_000, settings)
-    assert Tiering("1GiB")._suffices(10**6, 20_000, settings, least)
+    assert Tiering("1GiB").suffices(10**6, 20_000, settings, least)
     one_less = f"{float(least[:-3]) - 0.01:.2f}MiB"
-    assert not Tiering("1GiB")._suffices(10**6, 20_000, settings, one_less)
+    assert not Tiering("1GiB").suffices(10**6, 20_000, settings, one_less)
 
 
 @pytest.mark.parametrize(
