@@ -1,4 +1,4 @@
-"""The demonstration: real flights, both ways to train, one receipt."""
+"""The demonstrations: real flights trained both ways, and real text with less of the KV cache."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from vitalfew.cli._output import Format, print_json, print_receipt, say
 from vitalfew.core import InputError, Receipt, Rule
 
-__all__ = ["run_demo"]
+__all__ = ["run_demo", "run_generate_demo"]
+
+# Chapters of Python's own manual, which every Python brings: English that nobody wrote for this.
+_CHAPTERS = ("compound", "types", "formatstrings", "debugger")
 
 
 def run_demo(
@@ -34,3 +38,31 @@ def run_demo(
         receipt = make_receipt(job, evidence, title=title, command=command)
     receipt.save(Path(out) / "receipt.json")
     return receipt
+
+
+def run_generate_demo(out: Path, *, command: str, output: Format) -> None:
+    """Follow chapters of Python's manual with the full cache and with two policies at 50 % and 20 % of it."""
+    from pydoc_data.topics import topics
+
+    from vitalfew.cli._generate import open_model, show_table
+    from vitalfew.cli._progress import bars
+    from vitalfew.generate.comparing import Course, arms_of, compare_caches, long_enough
+    from vitalfew.generate.comparing_page import facts, findings, frontier_table, make_receipt, write_page
+
+    course, rule = Course(prompt=1024, continued=48), Rule("equal work", tolerance=0.05)
+    model, tokenizer = open_model("smollm2")
+    say(f"SmolLM2-135M reads {course.prompt:,} tokens of {len(_CHAPTERS)} chapters of Python's manual and goes on")
+    tokens = long_enough([tokenizer(topics[name], verbose=False)["input_ids"] for name in _CHAPTERS], course)
+    with bars() as show, tempfile.TemporaryDirectory(prefix="vitalfew-demo-") as work:
+        compared = compare_caches(model, tokens, arms_of(["keyformer", "snapkv"], ["50%", "20%"]), course, work, show)
+    found = findings(compared, rule)
+    title = "Python's manual with SmolLM2-135M"
+    receipt = make_receipt(compared, found[0], title=title, command=command)
+    receipt.save(out / "receipt.json")
+    write_page(out / "report.html", title, compared, found, rule)
+    if output is Format.json:
+        print_json(receipt.to_dict())
+    else:
+        print_receipt(receipt, output)
+        show_table(frontier_table(compared, found), facts(compared))
+    say(f"receipt: {out / 'receipt.json'}  report: {out / 'report.html'}")

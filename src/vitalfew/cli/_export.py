@@ -18,7 +18,7 @@ def export(
     out: Annotated[str, typer.Option(help="A .pt2 file for the model.")],
     output: flag.Output = Format.text,
 ) -> None:
-    """Write a trained model as a file that PyTorch runs by itself."""
+    """Write a trained model as a file that PyTorch runs alone."""
     from vitalfew.embeddings.exporting import export_model
     from vitalfew.embeddings.jobs import load_model
     from vitalfew.embeddings.tiered import TieredEmbeddings

@@ -1,4 +1,4 @@
-"""The verbs that read a log: look, train, predict; and the demonstration."""
+"""The verbs that read a log: look, train, predict; and the demonstrations."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ __all__ = ["demo", "look", "predict", "train"]
 
 
 def demo(
-    out: Annotated[str, typer.Option(help="Folder for receipt.json and report.html.")] = "runs/demo",
-    pairs: Annotated[int, typer.Option(help="Paired runs.")] = 6,
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="flights (training) or generate (a small KV cache).")] = "flights",
+    out: Annotated[
+        str | None, typer.Option(help="Folder for receipt.json and report.html; else runs/demo or runs/demo-generate.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Paired runs of flights.")] = 6,
     output: flag.Output = Format.text,
 ) -> None:
-    """Train both ways on 2013's flights, and leave a receipt."""
-    from vitalfew.cli._demo import run_demo
+    """Show what is saved on real data, and leave a receipt."""
+    from vitalfew.cli._demo import run_demo, run_generate_demo
     from vitalfew.cli._progress import bars
+    from vitalfew.core import InputError
 
+    if name == "generate":
+        _refuse_alone(ctx, ("pairs",), "flights")
+        run_generate_demo(Path(out or "runs/demo-generate"), command=command_line(), output=output)
+        return
+    if name != "flights":
+        raise InputError(f"there is no demonstration {name!r}", hint="choose flights or generate")
+    folder = out or "runs/demo"
     with bars() as show:
-        receipt = run_demo(out, pairs=pairs, command=command_line(), progress=show, say=say)
-    save_report(receipt, Path(out), output)
+        receipt = run_demo(folder, pairs=pairs, command=command_line(), progress=show, say=say)
+    save_report(receipt, Path(folder), output)
 
 
 def look(
@@ -96,12 +108,14 @@ def look(
     )
     options, path, memory = flag.log_options(ctx.params), flag.log_path(log), None
     drifted, followed = None, {}
+    if models:
+        from vitalfew.embeddings.slices import check_models, models_by_slice
+
+        check_models(flag.split(models))
     with bars() as show:
         if drift:
             drifted = look_at_drift(path, options, slices, reference=reference, progress=show)
         if models:
-            from vitalfew.embeddings.slices import models_by_slice
-
             followed = models_by_slice(
                 path, options, flag.split(models), slices, reference=reference, settings=settings, progress=show
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vitalfew.report.charts.coverage import coverage_chart
+from vitalfew.report.charts.frontier import frontier_chart
 from vitalfew.report.charts.gallery import gallery_chart
 from vitalfew.report.charts.misses import miss_ratio_chart
 from vitalfew.report.charts.pairs import pairs_chart
@@ -11,6 +12,7 @@ from vitalfew.report.charts.slices import slices_chart
 
 __all__ = [
     "coverage_chart",
+    "frontier_chart",
     "gallery_chart",
     "ladder_chart",
     "miss_ratio_chart",

@@ -1,0 +1,329 @@
+"""Let a model generate with a fraction of its keys and values, and take it all back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vitalfew.core.budget import Budget
+from vitalfew.core.compare import Comparison
+from vitalfew.core.errors import InputError
+from vitalfew.core.receipt import Line, Receipt
+from vitalfew.generate.budgets import slot_bytes
+from vitalfew.generate.keeping import keeper
+from vitalfew.generate.policies import Policy, policy_named
+from vitalfew.generate.request import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vitalfew.generate._transformers import SlotCache
+
+__all__ = ["Generation", "KeyTokens"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call of ``generate`` took.
+
+    Attributes
+    ----------
+    rows, prompt, new
+        Rows of the batch (beams count), tokens of the prompt and tokens that followed, padding included.
+    nbytes, full_nbytes
+        Bytes that the cache held at the end, and that all tokens' keys and values would have taken.
+    to_prompt_end, seconds
+        Seconds until the attention of the prompt was done, and in all.
+    mass
+        Per layer: the voters' attention that kept tokens had, lowest and mean over rows and heads.
+    """
+
+    rows: int
+    prompt: int
+    new: int
+    nbytes: int
+    full_nbytes: int
+    to_prompt_end: float
+    seconds: float
+    mass: tuple[tuple[float, float] | None, ...]
+
+
+class KeyTokens:
+    """Generate with the keys and values of the tokens that matter, in slots that are overwritten.
+
+    While it is enabled, the model's own ``generate`` uses a cache that truly evicts: after the prompt each layer and
+    head keeps a fraction of the tokens, and each new token takes the slot of the least wanted one.
+
+    Parameters
+    ----------
+    model
+        A decoder of transformers; its weights and code are not touched.
+    budget
+        A share (``0.5`` or ``"50%"``) of the prompt, a number of slots per layer and head, a size for the whole cache
+        with all its rows (``"256 MiB"``), or a `Budget`. 1.0 never evicts.
+    policy
+        Which tokens stay: a name (see `POLICIES`) or a `Policy`.
+    recent
+        Share (float) or number (int) of the kept slots for the latest tokens; None for what the policy says.
+    of
+        Whether a share is of the prompt, or of prompt and planned tokens (``"total"``).
+    layers
+        ``"uniform"``, ``"pyramid"`` (early layers more), or one weight per layer with full attention.
+    protect
+        Slices of the prompt, in tokens of a row without its padding, that never go (a system prompt). Sinks are the
+        policy's own.
+    question
+        How many of the prompt's last tokens are the question: they alone vote.
+    min_length
+        Rows shorter than this are left whole; they are chosen from when they reach it.
+    seed
+        Of noise and random choices. The same row gives the same text, whatever stands beside it in a batch.
+    evict
+        ``"end"`` to choose once a prompt is complete, ``"chunk"`` after each of its chunks, which bounds the peak.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be served, with the reason; a model never runs at full cache in silence.
+
+    References
+    ----------
+    Adnan et al., "Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference",
+    MLSys 2024, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    ...     num_key_value_heads=2, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> prompt = torch.arange(1, 41)[None]
+    >>> with KeyTokens(model, budget=0.5, min_length=0) as few:
+    ...     out = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    >>> out.shape, few.generations[-1].nbytes < few.generations[-1].full_nbytes
+    (torch.Size([1, 48]), True)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        budget: Budget | float | int | str = 0.5,
+        *,
+        policy: str | Policy = "keyformer",
+        recent: float | int | None = None,
+        of: Literal["prompt", "total"] = "prompt",
+        layers: str | Sequence[float] = "uniform",
+        protect: Sequence[slice] = (),
+        question: int | slice | None = None,
+        min_length: int = 256,
+        seed: int = 0,
+        evict: Literal["end", "chunk"] = "end",
+    ) -> None:
+        from vitalfew.generate import _transformers as host
+        from vitalfew.generate import _transformers_families as families
+
+        self.model = model
+        self.budget = Budget.of(budget)
+        self.policy = policy_named(policy) if isinstance(policy, str) else policy
+        if recent is not None:
+            self.policy = replace(self.policy, recent=recent)
+        if of not in ("prompt", "total"):
+            raise InputError(f"of must be 'prompt' or 'total', got {of!r}", hint="a share is of the prompt by default")
+        if evict not in ("end", "chunk"):
+            raise InputError(f"evict must be 'end' or 'chunk', got {evict!r}", hint="'end' is the default")
+        if min_length < 0:
+            raise InputError(f"min_length must not be negative, got {min_length}", hint="0 evicts from any prompt")
+        families.check_model(model)
+        self._config = model.config.get_text_config(decoder=True)
+        which = families.slot_layers(self._config)
+        keep = keeper(self.budget, which, self._slot_bytes(), least=self.policy.least(), of=of, layers=layers)
+        self._plan = Plan(
+            self.policy,
+            keep,
+            _voters(question),
+            tuple(_span(span) for span in protect),
+            min_length,
+            seed,
+            evict == "chunk",
+        )
+        self.generations: list[Generation] = []
+        self._undo = host.enable(model)
+        self._generate: Callable[..., Any] | None = model.__dict__.get("generate")
+        original = model.generate
+        self._original = original
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return self._run(signature, args, kwargs)
+
+        model.__dict__["generate"] = generate
+        self._enabled = True
+
+    def _slot_bytes(self) -> list[int]:
+        """Return the bytes of one slot of one row in all heads, for each layer with full attention."""
+        from vitalfew.generate._transformers_families import head_shape, slot_layers
+
+        heads, key, value = head_shape(self._config)
+        return [heads * slot_bytes(key, value, self.model.dtype.itemsize)] * len(slot_layers(self._config))
+
+    def cache(self, prompt: int | None = None, max_new_tokens: int | None = None) -> SlotCache:
+        """Return a fresh cache for ``generate`` or for calls of the model itself.
+
+        Parameters
+        ----------
+        prompt
+            Tokens of the prompt, padding included. None: each call of several tokens is a prompt, or a later turn.
+        max_new_tokens
+            Planned tokens after it.
+        """
+        from vitalfew.generate._transformers import SlotCache
+
+        self._check_enabled()
+        return SlotCache(self._config, self._plan, prompt=prompt, planned=max_new_tokens or 0)
+
+    def _check_enabled(self) -> None:
+        if not self._enabled:
+            raise InputError("this KeyTokens was undone", hint="make a new one")
+
+    def _run(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from vitalfew.generate._transformers import SlotCache, settled
+
+        bound = signature.bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        config = given.get("generation_config") or self.model.generation_config
+        if given.get("use_cache", getattr(config, "use_cache", None)) is False:
+            raise InputError("use_cache=False leaves nothing to evict", hint="pass use_cache=True, or undo() first")
+        other = given.get("cache_implementation", getattr(config, "cache_implementation", None))
+        if other not in (None, "hybrid"):  # which is what some models name their own default
+            raise InputError(f"cache_implementation={other!r} is another cache", hint="leave it out, or undo() first")
+        cache = given.get("past_key_values")
+        if cache is None:
+            cache = self.cache()
+            kwargs = {**kwargs, "past_key_values": cache}
+        elif not isinstance(cache, SlotCache):
+            raise InputError(
+                f"generate() got a {type(cache).__name__}, which evicts nothing", hint="pass few.cache(), or none"
+            )
+        prompt = _prompt_length(given)
+        planned = given.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        if planned is None:
+            most = given.get("max_length") or getattr(config, "max_length", None)
+            planned = most - prompt if most and most > prompt else 20
+        cache.expect(prompt, int(planned))
+        start = time.perf_counter()
+        with settled(cache):
+            out = self._original(*args, **kwargs)
+        self.generations.append(_generation(cache, prompt, start, time.perf_counter()))
+        return out
+
+    def undo(self) -> None:
+        """Give the model its own attention and ``generate`` back; caches made here no longer evict."""
+        if not self._enabled:
+            return
+        if self._generate is None:
+            del self.model.__dict__["generate"]
+        else:
+            self.model.__dict__["generate"] = self._generate
+        self._undo.close()
+        self._enabled = False
+
+    def __enter__(self) -> KeyTokens:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def receipt(self, comparison: Comparison | None = None) -> Receipt:
+        """Return what the cache held, what it would have held, and how much attention the kept tokens had.
+
+        Parameters
+        ----------
+        comparison
+            Of paired runs with and without this; without it the verdict is open.
+        """
+        runs = self.generations
+        if not runs:
+            raise InputError("nothing was generated yet", hint="call model.generate() first")
+        steps = sum(max(0, run.new - 1) for run in runs)
+        full = sum(run.full_nbytes for run in runs)
+        later = sum(run.seconds - run.to_prompt_end for run in runs)
+        held, texts = sum(run.nbytes for run in runs), sum(run.rows for run in runs)
+        first = sum(run.to_prompt_end for run in runs) / len(runs)
+        lines = [
+            Line("keys and values at the end", "B", full, held, "counted"),
+            Line("texts generated", "", None, texts, "counted"),
+            Line("time to the end of the prompt", "s", None, first, "measured"),
+        ]
+        if steps:
+            lines.append(Line("time per later step", "s", None, later / steps, "measured"))
+        masses = [m for run in runs for m in run.mass if m is not None]
+        if masses:
+            note = "of the prompt's voting tokens alone; what was evicted is unknown to later ones"
+            low, mean = min(m[0] for m in masses), sum(m[1] for m in masses) / len(masses)
+            what = "attention that kept tokens had"
+            lines.append(Line(what, "share", 1.0, mean, "measured", low=low, high=1.0, note=note))
+        method = f"{self.policy}, {self.budget}"
+        if comparison is None:
+            why = "no paired run was made: bytes alone do not show the quality"
+            return Receipt("generation with fewer keys and values", method, tuple(lines), "undecided", why)
+        return Receipt(
+            "generation with fewer keys and values", method, tuple(lines), comparison.verdict, comparison.why,
+            str(comparison.rule), quality=(comparison.quality,), pairs=comparison.pairs,
+            pairs_needed=comparison.pairs_needed,
+        )  # fmt: skip
+
+
+def _generation(cache: SlotCache, prompt: int, start: float, end: float) -> Generation:
+    layers = [layer.evicting for layer in cache.slot_layers]
+    slots = [layer.slots for layer in layers if layer.slots is not None]
+    rows = len(slots[0].counts) if slots else 0
+    full = sum(
+        rows * cache.length * heads * (s.keys.shape[-1] + s.values.shape[-1]) * s.keys.element_size()
+        for s in slots
+        for heads in (s.keys.shape[1],)
+    )
+    rest = cache.nbytes - sum(layer.nbytes for layer in layers)
+    mass = tuple(None if m.mass is None else (float(m.mass.min()), float(m.mass.mean())) for m in layers)
+    return Generation(
+        rows, prompt, max(0, cache.length + 1 - prompt), cache.nbytes, full + rest,
+        max(0.0, cache.request.prompt_done - start), end - start, mass,
+    )  # fmt: skip
+
+
+def _prompt_length(given: dict[str, Any]) -> int:
+    """Return the tokens of a prompt with what came before it, padding included, from generate's arguments."""
+    mask, ids = given.get("attention_mask"), given.get("input_ids", given.get("inputs"))
+    embeds = given.get("inputs_embeds")
+    lengths = [t.shape[1] for t in (mask, ids, embeds) if isinstance(t, torch.Tensor) and t.ndim >= 2]
+    return max(lengths, default=1)
+
+
+def _voters(question: int | slice | None) -> int | None:
+    if question is None or isinstance(question, int):
+        count = question
+    elif question.stop is None and question.step is None and isinstance(question.start, int) and question.start < 0:
+        count = -question.start
+    else:
+        raise InputError(f"the question must end the prompt, got {question}", hint="pass slice(-32, None), or 32")
+    if count is not None and count < 1:
+        raise InputError(f"a question has at least one token, got {count}", hint="pass None for none")
+    return count
+
+
+def _span(span: slice) -> slice:
+    if not isinstance(span, slice) or span.step not in (None, 1):
+        raise InputError(f"a protected span is a slice of tokens, got {span!r}", hint="pass slice(0, 40)")
+    return span

@@ -1,0 +1,118 @@
+"""What all layers of one cache share: where the prompt ends, what is kept, and the tokens of the current call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vitalfew.core.errors import InputError
+from vitalfew.generate.policies import Policy
+
+__all__ = ["NewTokens", "Plan", "Request"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each layer chooses.
+
+    Attributes
+    ----------
+    policy
+        Which tokens stay.
+    keep
+        ``keep(layer, tokens, planned, rows)``: slots for a row of so many tokens; None to never evict.
+    voters
+        How many of the prompt's last tokens are the question; None for what the policy says.
+    protect
+        Ranges of the prompt that never go, as own positions of a row.
+    min_length
+        Rows shorter than this are left whole.
+    seed
+        Of the noise and of random choices.
+    each_chunk
+        Choose after each chunk of the prompt, not only after the last.
+    """
+
+    policy: Policy
+    keep: Callable[[int, int, int, int], int] | None
+    voters: int | None = None
+    protect: tuple[slice, ...] = ()
+    min_length: int = 0
+    seed: int = 0
+    each_chunk: bool = False
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens of one call: own positions ``(B, n)``, -1 for padding, and each row's count afterwards."""
+
+    pos: torch.Tensor
+    counts: list[int]
+    whole: bool
+    """There is no padding among them and all rows have seen the same number."""
+
+
+@dataclass
+class Request:
+    """One cache's way through a prompt and what follows.
+
+    Attributes
+    ----------
+    prompt
+        Tokens, padding included, after which the prompt has ended; None: every call of several tokens is a prompt.
+    planned
+        Tokens that are to follow.
+    recording
+        Whether steps are kept so that they can be taken back.
+    prompt_done
+        The clock (``time.perf_counter``) when the last layer had attended to the prompt.
+    room
+        Per layer: slots to have memory for, once the prompt has been chosen from.
+    """
+
+    plan: Plan
+    prompt: int | None = None
+    planned: int = 0
+    recording: bool = False
+    prompt_done: float = 0.0
+    room: Mapping[int, int] = field(default_factory=dict)
+    _memo: tuple[object, int, int, tuple[int, ...], NewTokens] | None = field(default=None, repr=False)
+
+    def of_prompt(self, length: int, count: int) -> int:
+        """Return how many of the next `count` tokens belong to a prompt."""
+        if self.prompt is not None:
+            return min(max(self.prompt - length, 0), count)
+        return count if (count > 1 or not length) and not self.recording else 0
+
+    def temperature(self, step: int, counts: Sequence[int]) -> torch.Tensor | float:
+        """Return what divides the logits of votes so many steps after the prompt, per row ``(B,)`` or one for all."""
+        return self.plan.policy.temperature(step, self.planned)
+
+    def new_tokens(
+        self, mask: torch.Tensor | None, length: int, count: int, counts: Sequence[int], device: torch.device
+    ) -> NewTokens:
+        """Return where the next `count` tokens stand in their rows; all layers ask, one computes."""
+        memo, key = self._memo, tuple(counts)
+        if memo is not None and memo[0] is mask and memo[1:4] == (length, count, key):
+            return memo[4]
+        start = torch.tensor(key, device=device)[:, None]
+        if mask is None:
+            tokens = NewTokens(
+                start + torch.arange(count, device=device), [seen + count for seen in key], len(set(key)) == 1
+            )
+        else:
+            if mask.shape != (len(key), length + count):
+                raise InputError(
+                    f"the attention mask has shape {tuple(mask.shape)}, but {length + count} tokens of {len(key)} rows "
+                    "have been seen", hint="pass a mask of 0 and 1 over all tokens so far, padding included"
+                )  # fmt: skip
+            real = mask[:, length:].to(torch.int64)
+            after = start + real.cumsum(1)
+            pos = torch.where(real > 0, after - 1, -1)
+            ends: list[int] = after[:, -1].tolist()
+            # Rows that have seen padding differ in their counts, so equal counts of length + count mean there was none.
+            tokens = NewTokens(pos, ends, min(ends) == length + count)
+        self._memo = (mask, length, count, key, tokens)
+        return tokens
