@@ -2,7 +2,7 @@
 
 Each point of a grid (where rows lie, dense layers, popular share) trains one model in three ways, in turns: whole
 batches whose rows are gathered first, split batches, and whole batches with the next one's rows gathered meanwhile.
-Another run of `SplitBatches` that measures for itself foretells which of the first two is faster.
+The first steps of another run, in which `SplitBatches` measures for itself, foretell which of the first two is faster.
 
     python benchmarks/embeddings/split.py --folder /nvme/scratch --out benchmarks/results/split.json
 """
@@ -112,9 +112,9 @@ def point(where: str, folder: Path, width: int, popular: float, steps: int) -> d
     auto = Way(tier("auto"), batches_of(max(steps, 30), popular), width, ahead=0, when="auto")
     while auto.turn(10):
         pass
-    payoff, measured = auto.split._choice.payoff, auto.split._choice.measured
+    measured, pays = auto.split._choice.measured, auto.split._choice.pays
     auto.close()
-    assert payoff is not None, "a trial is over after some twenty batches"
+    assert measured, "a trial is over after less than thirty batches"
     ways = {
         "base": Way(tier("base"), batches, width, ahead=0, when="never"),
         "split": Way(tier("split"), batches, width, ahead=0, when="always"),
@@ -134,10 +134,9 @@ def point(where: str, folder: Path, width: int, popular: float, steps: int) -> d
     return {
         "rows below": where, "width": width, "popular share": measured["popular"],
         **{f"{name} ms": 1e3 * value for name, value in step.items()},
-        **{f"{name} ms, modelled": 1e3 * getattr(payoff, name) for name in ("base", "split", "prefetch")},
-        **{f"{name} ms, in the trial": 1e3 * measured[name] for name in ("compute", "gather", "fixed")},
+        **{f"{name} ms, in the trial": 1e3 * measured[name] for name in ("whole", "split", "gather")},
         "split over base": gain, "split over prefetch": step["prefetch"] / step["split"], "gathering hidden": hidden,
-        "sign as foretold": bool(payoff.pays == (gain > 1) or abs(gain - 1) < TIE), "a tie": abs(gain - 1) < TIE,
+        "sign as foretold": bool(pays == (gain > 1) or abs(gain - 1) < TIE), "a tie": abs(gain - 1) < TIE,
     }  # fmt: skip
 
 

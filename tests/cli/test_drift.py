@@ -79,3 +79,8 @@ def test_one_page_for_memory_and_drift(cli: Cli, log: Path, tmp_path: Path) -> N
 )
 def test_refused(refused: Any, log: Path, flags: tuple[object, ...], message: str) -> None:
     assert refused("look", log, "--label", "click", *SMALL[:-2], *flags) == message
+
+
+def test_names_are_checked_before_the_log_is_read(refused: Any) -> None:
+    flags = ("--label", "click", "--time", "ts", "--drift", "--models", "dlrm,mlp")
+    assert refused("look", "absent.parquet", *flags) == "there is no model 'mlp'"

@@ -80,6 +80,8 @@ def test_bags_come_back(tmp_path_factory, bags):
         (read_libfm, "1 2:1\n1 2:1.2.3\n", 2),
         (read_libfm, "1 2:1\nnan 2:1\n", 2),
         (read_libfm, "1 2:1\n1 2:1_0\n", 2),
+        (read_libfm, "1 2:1\n1 2:1e999\n", 2),
+        (read_libfm, "1 2:1\n-1e999 2:1\n", 2),
         (read_libfm, "1 2:1\n1 2:" + 40 * "1", 2),
     ],
 )

@@ -18,11 +18,12 @@ import torch
 from vitalfew.core import InputError, Rule, judge
 from vitalfew.core.receipt import Pair, Receipt
 from vitalfew.data.encoded import Encoded
-from vitalfew.embeddings import account, auto, jobs
+from vitalfew.embeddings import account, auto, jobs, tiering
 from vitalfew.embeddings.course import Course, MemorySource
 from vitalfew.embeddings.fitting import train_step
-from vitalfew.embeddings.options import LogOptions
+from vitalfew.embeddings.options import LogOptions, silent
 from vitalfew.embeddings.packing import pack, unpack
+from vitalfew.embeddings.preparing import prepare
 from vitalfew.embeddings.settings import Settings, build_arm
 from vitalfew.embeddings.tiered import TieredEmbeddings
 from vitalfew.embeddings.tiering import Tiering
@@ -110,7 +111,8 @@ def test_stopped_between_the_last_step_and_the_model(log: str, tmp_path: Path) -
     jobs.train_log(log, OPTIONS, SMALL, tmp_path / "whole", pairs=0, tiers=tiers, method=method)
     with pytest.raises(KeyboardInterrupt):
         jobs.train_log(log, OPTIONS, SMALL, tmp_path / "a", pairs=0, tiers=tiers, method=method, progress=stop)
-    jobs.resume_log(tmp_path / "a")
+    receipt = jobs.resume_log(tmp_path / "a")
+    assert "inputs trained" in {line.what for line in receipt.lines}
     mine, theirs = weights(tmp_path / "a"), weights(tmp_path / "whole")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -224,6 +226,48 @@ def test_memory_that_other_orders_may_not_fit_is_refused_at_once(log: str, tmp_p
     assert least
     short = dataclasses.replace(SMALL, epochs=1)
     jobs.train_log(log, OPTIONS, short, tmp_path / "a", tiers=Tiering(least[1]), method="hot-rows", pairs=0)
+
+
+def test_lists_of_other_samples_that_may_not_fit_are_refused_at_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.where(rng.random(400) < 0.03, 30, 1)  # few samples have long lists
+    tags = [[f"t{t}" for t in rng.integers(0, 900, n)] for n in sizes]
+    columns = {"click": rng.integers(0, 2, 400), "price": rng.normal(size=400), "tags": tags}
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    options = LogOptions("click", numeric=("price",), lists=("tags",))
+    settings = dataclasses.replace(SMALL, batch_size=20, epochs=1)
+
+    def train(memory: str, method: str) -> Receipt:
+        return jobs.train_log(
+            str(tmp_path / "log.parquet"), options, settings, tmp_path / "a", tiers=Tiering(memory), method=method,
+            pairs=0,
+        )  # fmt: skip
+
+    with pytest.raises(InputError, match="hot-rows makes batches of up to") as caught:
+        train("55%", "hot-rows")
+    assert not (tmp_path / "a").exists()
+    least = re.search(r"--memory (\S+) is enough", caught.value.hint or "")
+    assert least
+    train(least[1], "hot-rows")
+
+
+@pytest.mark.parametrize("jagged", [False, True])
+def test_most_rows_of_a_batch(tmp_path: Path, jagged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiering, "_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 9, 100)
+    tags = pa.array([[f"t{t}" for t in rng.integers(0, 50, n)] for n in sizes], pa.list_(pa.string()))
+    columns = {"click": rng.integers(0, 2, 100), "user": rng.integers(0, 5, 100).astype(str), "tags": tags}
+    columns["price"] = rng.normal(size=100)
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    options = LogOptions("click", lists=("tags",)) if jagged else LogOptions("click", ignore=("tags",))
+    job = prepare(str(tmp_path / "log.parquet"), options, SMALL, tmp_path, silent)
+    block = job.train.block(0, len(job.train))
+    each = np.ones(len(block), int) if block.offsets is None else np.diff(block.offsets).reshape(-1, 2)[:, 1]
+    rows = job.num_rows
+    for size in (1, 3, len(block)):
+        lists = min(int(np.sort(each)[-size:].sum()), rows["tags"]) if jagged else 0
+        assert tiering.most_rows(job.train, rows, size) == min(size, rows["user"]) + lists
 
 
 def test_killed_in_the_comparison_keeps_what_the_methods_say(log: str, tmp_path: Path) -> None:

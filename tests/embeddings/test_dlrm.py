@@ -180,6 +180,8 @@ def test_autocast_and_copies_train() -> None:
     ("2", {"dense_in": 3, "bottom": (8, 4), "top": (5, 2)}),
     ("()", {"dense_in": 3, "bottom": (8, 4), "top": ()}),
     ("-1", {"dense_in": -1, "bottom": (8, 4), "top": (1,)}),
+    ("to 0 values", {"dense_in": 3, "bottom": (8, 4), "top": (0, 1)}),
+    ("to -2 values", {"dense_in": 3, "bottom": (-2, 4), "top": (1,)}),
 ])  # fmt: skip
 def test_bad_shapes_are_refused(value: str, settings: dict[str, object], refuses: Refuses) -> None:
     with refuses(value):

@@ -115,6 +115,15 @@ def test_an_id_outside_its_table_finds_no_other_row(tmp_path: Path) -> None:
             run(tmp_path / "model.pt2", {"dense": torch.zeros(1, 0), "ids": torch.tensor(bad)})
 
 
+def test_offsets_that_do_not_rise_move_no_id_to_another_bag(tmp_path: Path) -> None:
+    export_model(make("dcn", EmbeddingBags(TABLES, SGD(0.1)), 0), tmp_path / "model.pt2", lists=True)
+    given = {"dense": torch.zeros(1, 0), "ids": torch.zeros(3, dtype=torch.int64)}
+    for bad in ([0, 2, 1, 3], [0, 1, 2, 2], [1, 1, 2, 3], [0, 1, 2, 4]):
+        with pytest.raises(RuntimeError, match="offsets do not rise"):
+            run(tmp_path / "model.pt2", given | {"offsets": torch.tensor(bad)})
+    run(tmp_path / "model.pt2", given | {"offsets": torch.tensor([0, 0, 3, 3])})
+
+
 def test_the_file_names_its_features(tmp_path: Path) -> None:
     export_model(make("dcn", EmbeddingBags(TABLES, SGD(0.1)), 2), tmp_path / "model.pt2")
     extra = {"vitalfew.json": ""}

@@ -108,45 +108,35 @@ def test_figures_that_cannot_be_are_refused(refuses: Refuses, wrong: dict[str, f
         split_pays(**{"compute": 1.0, "gather": 1.0, "popular": 0.5} | wrong)
 
 
-def plan(choice: SplitChoice, *, compute: float, gather: float, popular: int, second: float) -> SplitPlan:
-    """Play one batch of ten samples whose parts cost so much."""
+def plan(choice: SplitChoice, *, whole: float, longer: float, popular: int = 5) -> SplitPlan:
+    """Play one batch of ten samples that takes so much longer in parts."""
     split, on_trial = choice.next()
-    found = SplitPlan(split, on_trial, np.arange(popular), np.arange(popular, 10), gather)
-    found.compute = compute + second * found.comes_in_parts
+    found = SplitPlan(split, on_trial, np.arange(popular), np.arange(popular, 10), 4.0)
+    found.step = whole + longer * found.comes_in_parts
     choice.saw(found)
     return found
 
 
 def test_trials_decide_and_are_held_again() -> None:
-    choice, gather = SplitChoice("auto", ahead=False), 0.0
-    splits = []
-    for k in range(1000):
-        gather = 4.0 if k < 500 else 0.5
-        splits.append(plan(choice, compute=8.0, gather=gather, popular=5, second=1.0).split)
-    assert splits[:20] == 10 * [False, True]
-    assert all(splits[20:320])
-    assert not all(splits[320:336])
-    assert not any(splits[660:900]), "the rows come faster by then"
-    assert choice.payoff == split_pays(compute=8.0, gather=0.5, popular=0.5, fixed=1.0)
-    again = SplitChoice("auto", ahead=False)
+    choice = SplitChoice("auto")
+    splits = [plan(choice, whole=8.0, longer=-1.0 if k < 500 else 0.5).split for k in range(1000)]
+    assert splits[:28] == 14 * [False, True]
+    assert all(splits[28:328])
+    assert not all(splits[328:352])
+    assert not any(splits[680:900]), "parts take longer by then"
+    assert choice.measured == {"whole": 8.0, "split": 8.5, "gather": 4.0, "popular": 0.5}
+    again = SplitChoice("auto")
     again.load_state_dict(choice.state_dict())
-    assert again.payoff == choice.payoff
+    assert again.measured == choice.measured
     assert again.next() == choice.next()
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-def test_where_rows_are_read_ahead_splitting_has_to_beat_that(ahead: bool) -> None:
-    choice = SplitChoice("auto", ahead=ahead)
-    for _ in range(30):
-        plan(choice, compute=8.0, gather=4.0, popular=5, second=1.0)
-    assert choice.pays is not ahead
 
 
 @pytest.mark.parametrize("popular", [0, 10])
 def test_batches_in_one_part_gain_nothing(popular: int) -> None:
-    choice = SplitChoice("auto", ahead=False)
-    for _ in range(30):
-        plan(choice, compute=8.0, gather=4.0, popular=popular, second=1.0)
+    choice = SplitChoice("auto")
+    for k in range(30):
+        plan(choice, whole=8.0 - k % 2, longer=-9.0, popular=popular)
+    assert choice.measured
     assert not choice.pays
 
 
@@ -716,10 +706,11 @@ def test_a_receipt_tells_what_was_split_and_what_was_declined() -> None:
         split.samples, split.popular,
     )  # fmt: skip
     choice = split._choice
-    assert choice.payoff is not None
+    assert choice.measured
+    assert lines["step in the last trial"].how == "measured"
     assert bool(receipt.declined) is not choice.pays
     if receipt.declined:
-        assert "a step would take" in receipt.declined[0].reason
+        assert "in a trial a step took" in receipt.declined[0].reason
     again = SplitBatches(tables, content)
     again.load_state_dict(split.state_dict())
     assert again.state_dict() == split.state_dict()

@@ -371,6 +371,17 @@ def test_samples_are_taken_and_joined(kind: str, jagged: bool):
     assert [(found[2 * s : 2 * s + 2], value) for s, value in enumerate(label)] == expected
 
 
+def test_weights_go_with_their_ids(refuses: Refuses):
+    batch = {"ids": torch.tensor([7, 8, 9]), "offsets": torch.tensor([0, 0, 1, 3]), "weights": torch.arange(1, 4)}
+    some = take_samples(batch, np.array([2, 1]), 3)  # as many ids as samples: a line per sample would be another cut
+    assert some["ids"].tolist() == [8, 9, 7]
+    assert some["weights"].tolist() == [2, 3, 1]
+    joined = join_batches([some, batch])
+    assert joined["weights"].tolist() == [2, 3, 1, 1, 2, 3]
+    with refuses("`weights` beside bags of 3 ids"):
+        take_samples(batch | {"weights": torch.ones(2)}, np.array([0]), 3)
+
+
 def settled(tables: EmbeddingBags, ids: Iterable[int], **more: Any) -> SkipStale:
     """Return a handle that has found these users and items stale."""
     stale = SkipStale(tables, mode="inputs", **EAGER | {"share": 1.0, "revisit": 50} | more)
@@ -472,6 +483,18 @@ def test_what_is_found_holds_after_the_lead():
 
 
 # -- calibration
+
+
+def test_samples_that_wait_count_as_memory():
+    tables = make()
+    with settled(tables, range(20), lead=2) as stale:
+        flags = stale.flag_bytes
+        loader = iter(stale.inputs([{"ids": torch.tensor([[1, 2], [30, 30], [31, 31], [32, 32]])}] * 9))
+        next(loader), next(loader)
+        sieve = stale._sieve
+        waiting = {id(b): b for each in (sieve._passed, *sieve._marks.values()) for b in each.waiting}
+        assert len(waiting) > 1
+        assert stale.flag_bytes == flags + sum(b["ids"].nbytes for b in waiting.values())
 
 
 def test_the_shift_mends_the_click_ratio():
@@ -609,8 +632,14 @@ def test_bad_use(refuses: Refuses):
         state = stale.state_dict()
         with refuses("every"):
             SkipStale(make(), every=7).load_state_dict(state)
+        with refuses("watch"):
+            SkipStale(make(), watch=0.5).load_state_dict(state)
         with refuses("20 x 3"):
-            SkipStale(make(10)).load_state_dict(state)
+            SkipStale(make(10), watch=8).load_state_dict(state)
+    with SkipStale(make(tiered=30), mode="inputs") as stale:
+        state = stale.state_dict()
+    with refuses("lead"):
+        SkipStale(make(tiered=30), mode="inputs", lead=50).load_state_dict(state)
     with SkipStale(make(tiered=30, policy=Belady()), mode="inputs") as stale, refuses("Belady"):
         stale.inputs([])
     tiered = make(tiered=30)
@@ -648,6 +677,21 @@ def test_an_error_of_the_loop_unfreezes_the_rows(refuses: Refuses):
         assert tables.rows.frozen.any()
         step(tables, torch.tensor([[99, 0]]))
     assert not len(tables.rows.frozen)
+
+
+def test_a_gradient_that_is_no_number_is_no_visit_on_a_device(refuses: Refuses):
+    tables = TieredEmbeddings(
+        make(10).tables, SGD(0.1), tiers=[Hbm(1 << 16, device="cpu"), Dram("1 MiB")],
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    with SkipStale(tables, **EAGER) as stale:
+        step(tables, torch.tensor([[1, 1]]))
+        before = stale.watched.visits.copy()
+        with refuses("NaN"):
+            (tables(torch.tensor([[1, 2]])) * math.nan).sum().backward()
+        assert np.array_equal(stale.watched.visits, before)
+        assert stale.updates == 1
+    tables.close()
 
 
 @pytest.mark.parametrize("rule", RULES)

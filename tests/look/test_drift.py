@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitalfew.core import InputError
-from vitalfew.embeddings.options import LogOptions
-from vitalfew.embeddings.settings import Settings
-from vitalfew.embeddings.slices import auc_by_slice, models_by_slice
+from vitalfew.embeddings.options import LogOptions, silent
+from vitalfew.embeddings.preparing import prepare
+from vitalfew.embeddings.settings import Settings, build
+from vitalfew.embeddings.slices import auc_by_slice, models_by_slice, quality_by_slice
 from vitalfew.look.coding import Rows
 from vitalfew.look.drift import ColumnDrift, DriftLook, look_at_drift
 from vitalfew.look.drift_page import column_table, drift_answer, drift_facts
@@ -169,6 +171,18 @@ def test_nothing_drifts_in_a_log_that_stays_as_it_is(make: Make) -> None:
     assert "none of 5 columns drifts" in drift_answer(look)
 
 
+def test_chance_is_that_of_each_slice(make: Make) -> None:
+    when = np.repeat([0, 1, 2], [ROWS // 2, ROWS // 2 - 20, 20])  # the last slice is small
+    look = look_at_drift(make(ts=when), OPTIONS, 3)
+    assert [each.rows for each in look.slices] == [ROWS // 2 - 20, 20]
+    price = by_name(look)["price"]
+    assert price.chance == tuple(chance_psi(price.bins, ROWS // 2, rows) for rows in (ROWS // 2 - 20, 20))
+    # Drift of the large slice is not excused by what chance does to the small one.
+    shifted = dataclasses.replace(price, psi=(0.3, 0.0))
+    assert 2 * price.chance[1] > 0.3
+    assert shifted.finding == "far"
+
+
 @pytest.mark.parametrize("name", ["price", "user", "item", "tags"])
 def test_what_drifts_is_found_and_nothing_else(make: Make, name: str) -> None:
     values, late = columns(), np.arange(ROWS) >= ROWS // 2
@@ -317,6 +331,18 @@ def test_auc_of_slices() -> None:
     draws = [auc_by_slice(y := rng.integers(0, 2, 300), y + rng.normal(size=300), np.zeros(300), 1) for _ in range(200)]
     inside = np.mean([found.low < 0.76025 < found.high for (found,) in draws])
     assert 0.9 < inside < 0.99
+    for place in (-1, 3):
+        with pytest.raises(InputError, match="not all within 0 to 2"):
+            auc_by_slice([0, 1], [0.0, 1.0], [0, place], 3)
+
+
+def test_quality_needs_times(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    small = Settings(dim=4, bottom=(8,), top=(8,))
+    job = prepare(make(), LogOptions("click", ignore=("ts",), lists=("tags",)), small, tmp_path / "out", silent)
+    model = build(job.num_rows, job.train.num_dense, job.settings)
+    with pytest.raises(InputError, match="the log has no times"):
+        quality_by_slice(model, job.test, np.array([5]))
 
 
 def test_models_over_slices(make: Make) -> None:

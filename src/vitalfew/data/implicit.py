@@ -248,10 +248,12 @@ class _Text(NamedTuple):
         letters = np.where(places < ends[:, None], self.raw[np.minimum(places, len(self.raw) - 1)], 0)
         words = letters.astype(np.uint8).view(f"S{letters.shape[1]}")[:, 0]
         try:
-            return words.astype(np.float64)
+            found = words.astype(np.float64)
         except ValueError:  # such as 1.2.3
             self.demand(np.fromiter(map(_is_float, words), np.bool_, len(words)), begins, wanted)
             raise
+        self.demand(np.isfinite(found), begins, wanted)  # such as 1e999
+        return found
 
 
 def _within(usual: NDArray[np.bool_], begins: Ids, ends: Ids) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ from vitalfew.embeddings.room import Room
 from vitalfew.embeddings.settings import Settings, build_arm
 from vitalfew.embeddings.splitting import split_pays
 from vitalfew.embeddings.tables import EmbeddingBags
-from vitalfew.embeddings.tiering import Tiering, ids_of, record_bytes, schedule_for
+from vitalfew.embeddings.tiering import Tiering, ids_of, most_rows, record_bytes, schedule_for
 from vitalfew.embeddings.way import METHODS, Way, way_named
 from vitalfew.embeddings.ways import run_way
 from vitalfew.tiers.replay import replay
@@ -154,8 +154,9 @@ def choose_way(
     data, held = _draw(train, settings, steps)
     say(f"looking at {len(METHODS)} methods; a trial takes {steps} steps, {pairs} pairs")
     tried = list(_foretold(data, num_rows, settings, tiers, store, len(train) * settings.epochs / len(data)))
-    if tiers is not None and not train.is_jagged:
-        tried = [_fitting(each, num_rows, settings, tiers) for each in tried]
+    if tiers is not None:
+        most = most_rows(train, num_rows, settings.batch_size)
+        tried = [_fitting(each, most, num_rows, settings, tiers) for each in tried]
     candidates = [each for each in tried if each.foretold >= rule.min_saving]
     done, total = 0, max(2 * pairs * len(candidates), 1)
 
@@ -191,9 +192,8 @@ def choose_way(
     return Choice(way_named(best.name), tuple(tried))
 
 
-def _fitting(tried: Tried, num_rows: Mapping[str, int], settings: Settings, tiers: Tiering) -> Tried:
-    """Return what cannot be tried, as its batches may not fit the memory, as not worth it."""
-    most = sum(min(rows, settings.batch_size) for rows in num_rows.values())
+def _fitting(tried: Tried, most: int, num_rows: Mapping[str, int], settings: Settings, tiers: Tiering) -> Tried:
+    """Return what cannot be tried, as its batches of up to so many rows may not fit the memory, as not worth it."""
     if not way_named(tried.name).reorders or tiers.suffices(sum(num_rows.values()), most, settings):
         return tried
     return dataclasses.replace(

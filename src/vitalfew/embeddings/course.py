@@ -174,6 +174,7 @@ class Course:
         first, self._state = self._state or {}, None
         self._over = first.get("over", False)
         if self._over:
+            self.receipts = {name: Receipt.from_dict(each) for name, each in first.get("receipts", {}).items()}
             return
         with ExitStack() as stack:
             self._set_up(stack, first)
@@ -294,7 +295,7 @@ class Course:
             "epoch": self._epoch, "done": self._done, "steps": self.steps, "samples": self.samples, "over": self._over
         }  # fmt: skip
         if self._over:
-            return state
+            return state | {"receipts": {name: each.to_dict() for name, each in self.receipts.items()}}
         if self._hot is not None:
             state["hot"] = self._hot.state_dict(self._done)
         if self._split is not None:

@@ -98,7 +98,7 @@ class DeviceTieredRows(TieredRows):
 
     Ids are looked up by the host, so they are best given in main memory; for those that lie on the device the host
     waits. A forward without gradients pools in main memory and sends the bags. Nothing else waits for the device but
-    the norm of the gradients.
+    the norm of the gradients, and an update while visits are counted.
 
     Parameters
     ----------
@@ -197,10 +197,12 @@ class DeviceTieredRows(TieredRows):
         super()._receive(lookups, grad)
 
     def _is_finite(self, waiting: _Waiting) -> bool:
-        """Leave the question to the device, which `_run` asks."""
-        del waiting
+        """Leave the question to the device, which `_run` asks; but visits are counted here, so wait for the answer."""
         self._hear()
-        return True
+        if not len(self.visits):
+            return True
+        with self._line():
+            return waiting.is_finite()
 
     def _run(self, waiting: _Waiting, *, norm: bool = False) -> float:
         with self._line():

@@ -30,7 +30,7 @@ def export_model(model: ClickModel, path: str | os.PathLike[str], *, lists: bool
 
     The program is called as ``program.module()(dense, ids)``, or ``(dense, ids, offsets)`` for lists, with any number
     of samples, and returns the logits. Without dense inputs `dense` has no columns. Ids are rows of the tables, as
-    `Encoder` makes them; one outside its table is an error.
+    `Encoder` makes them; one outside its table is an error, and so are offsets that do not rise from 0 to their number.
 
     Parameters
     ----------
@@ -106,6 +106,9 @@ class _PlainBags(nn.Module):
     def forward(self, ids: Tensor, offsets: Tensor | None = None) -> Tensor:
         if offsets is None:
             return self._gather(ids, self.base, self.num_rows)
+        # A bag that ends before it begins would be empty here, and its ids in another bag.
+        whole = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == ids.shape[0])
+        torch._assert_async(whole, "the offsets do not rise from 0 to the number of ids")
         features = len(self.features)
         bag = torch.searchsorted(offsets, torch.arange(ids.shape[0]), right=True) - 1
         rows = self._gather(ids, self.base[bag % features], self.num_rows[bag % features])

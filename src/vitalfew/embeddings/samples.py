@@ -26,7 +26,7 @@ def take_samples(batch: Any, samples: Ints, num_samples: int) -> Any:
     ----------
     batch
         An `Encoded`, or tensors and arrays with a line per sample in a dict, dataclass, tuple or list. Keys ``ids``
-        and ``offsets`` together are bags.
+        and ``offsets`` together are bags, and `weights` beside them has one for each id.
     samples
         Their positions.
     num_samples
@@ -43,10 +43,20 @@ def take_samples(batch: Any, samples: Ints, num_samples: int) -> Any:
     parts, rebuild = _parts(batch)
     taken = {}
     if _jagged(parts):
-        bags = Encoded(np.empty((num_samples, 0), np.float32), _array(parts["ids"]), _array(parts["offsets"]))
+        count = len(parts["ids"])
+        bags = Encoded(np.empty((num_samples, 0), np.float32), np.arange(count), _array(parts["offsets"]))
         some = bags.take(samples)
         assert some.offsets is not None
-        taken = {"ids": _like(parts["ids"], some.ids), "offsets": _like(parts["offsets"], some.offsets)}
+        taken["offsets"] = _like(parts["offsets"], some.offsets)
+        for name in ("ids", "weights"):
+            if (value := parts.get(name)) is None:
+                continue
+            if len(value) != count:
+                raise InputError(
+                    f"`{name}` beside bags of {count} ids has shape {_shape(value)}",
+                    hint="one for each id, or pass take= and join=",
+                )
+            taken[name] = value[torch.from_numpy(some.ids).to(value.device) if isinstance(value, Tensor) else some.ids]
     for name, value in parts.items():
         if name in taken:
             continue

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitalfew.core import InputError
+from vitalfew.embeddings.ahead import _nbytes
 from vitalfew.embeddings.rows import Layout, as_integers, as_offsets
 from vitalfew.embeddings.samples import join_batches, take_samples
 from vitalfew.embeddings.staleness import skippable_inputs
@@ -62,7 +63,7 @@ class Sieve:
     share
         Of a sample's lookups that must be of stale rows.
     lead
-        Batches.
+        Batches. With more than 0 the training's place in a pass is told by its updates: one per batch.
     """
 
     def __init__(self, layout: Layout, num_rows: int, share: float, lead: int, every: int) -> None:
@@ -116,8 +117,10 @@ class Sieve:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the flags."""
-        return self._flags.nbytes
+        """Bytes of the flags, and of the samples that wait, those included that are kept to go back to."""
+        passed = [self._passed, *self._marks.copy().values()]  # a copy: a reader ahead adds to them
+        waiting = {id(batch): batch for each in passed for batch in each.waiting.copy()}
+        return self._flags.nbytes + sum(map(_nbytes, waiting.values()))
 
     def _known(self, given: int) -> tuple[tuple[int, Ints], list[tuple[int, Ints]]]:
         """Return what holds for a batch, and what will hold later."""

@@ -25,7 +25,7 @@ from vitalfew.embeddings.options import LogOptions, Progress, silent
 from vitalfew.embeddings.preparing import prepare
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 
-__all__ = ["SliceQuality", "auc_by_slice", "models_by_slice", "quality_by_slice"]
+__all__ = ["SliceQuality", "auc_by_slice", "check_models", "models_by_slice", "quality_by_slice"]
 
 _NORMAL_95 = 1.959964
 _SCORED = 8192
@@ -60,7 +60,7 @@ def auc_by_slice(label: ArrayLike, logit: ArrayLike, place: ArrayLike, num_slice
     label, logit
         One of each per row.
     place
-        The slice of each row, from 0.
+        The slice of each row, from 0 to `num_slices` - 1.
 
     Examples
     --------
@@ -75,6 +75,10 @@ def auc_by_slice(label: ArrayLike, logit: ArrayLike, place: ArrayLike, num_slice
     y, z, at = np.asarray(label), np.asarray(logit), np.asarray(place)
     if not len(y) == len(z) == len(at):
         raise InputError(f"{len(y)} labels, {len(z)} logits and {len(at)} places", hint="one of each per row")
+    if len(at) and not 0 <= at.min() <= at.max() < num_slices:
+        raise InputError(
+            f"the places {at.min()} to {at.max()} are not all within 0 to {num_slices - 1}", hint="leave such rows out"
+        )
     found = []
     for k in range(num_slices):
         mine = at == k
@@ -103,7 +107,14 @@ def quality_by_slice(model: ClickModel, log: EncodedLog, cuts: NDArray[np.int64]
     ----------
     cuts
         The last time of each slice but the last.
+
+    Raises
+    ------
+    InputError
+        If the log has no times.
     """
+    if not log.has_time:
+        raise InputError("the log has no times", hint="encode it with a schema that names the time column")
     labels, places = [], []
 
     def seen(batch: Encoded) -> Encoded:
@@ -115,6 +126,14 @@ def quality_by_slice(model: ClickModel, log: EncodedLog, cuts: NDArray[np.int64]
 
     logits = predict(model, map(seen, Batches(log, _SCORED, shuffle=False).epoch(0)))
     return auc_by_slice(np.concatenate(labels), logits, np.concatenate(places), len(cuts) + 1)
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Refuse names that are not of `MODELS`, or none at all."""
+    if unknown := [name for name in models if name not in MODELS]:
+        raise InputError(f"there is no model {unknown[0]!r}", hint=f"choose from {', '.join(MODELS)}")
+    if not models:
+        raise InputError("there is no model to train", hint=f"choose from {', '.join(MODELS)}")
 
 
 def models_by_slice(
@@ -146,10 +165,7 @@ def models_by_slice(
     """
     if options.time is None:
         raise InputError("later slices are a matter of time, and no column is the time", hint="name it with --time")
-    if unknown := [name for name in models if name not in MODELS]:
-        raise InputError(f"there is no model {unknown[0]!r}", hint=f"choose from {', '.join(MODELS)}")
-    if not models:
-        raise InputError("there is no model to train", hint=f"choose from {', '.join(MODELS)}")
+    check_models(models)
     path = path if isinstance(path, str) else list(path)
     reader = open_log(path, format=options.format, bad_rows=options.bad_rows)  # type: ignore[arg-type]
     cuts, _ = time_slices(reader, options.time, slices, reference)

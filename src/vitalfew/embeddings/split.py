@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,36 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitalfew.core import Declined, InputError, Line, Receipt
-from vitalfew.embeddings.ahead import Prefetch, _Run
-from vitalfew.embeddings.splitting import SplitChoice, SplitPlan, When, split_batch, take_samples
+from vitalfew.embeddings.split_run import Part, SplitReader
+from vitalfew.embeddings.splitting import SplitChoice, SplitPlan, When, take_samples
 from vitalfew.embeddings.tiered import TieredEmbeddings
 
 __all__ = ["Part", "SplitBatches"]
 
 B = TypeVar("B")
-_NONE = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Part(Generic[B]):
-    """Some samples of a batch.
-
-    Attributes
-    ----------
-    batch
-        These samples.
-    samples
-        Their numbers in the whole batch, rising.
-    share
-        Of the whole batch's samples: the weight of a mean loss.
-    kind
-        ``"popular"``: all rows were in memory. ``"rest"``: the others. ``"whole"``: the batch was not split.
-    """
-
-    batch: B
-    samples: NDArray[np.int64]
-    share: float
-    kind: Literal["popular", "rest", "whole"]
 
 
 class SplitBatches(Generic[B]):
@@ -67,7 +41,7 @@ class SplitBatches(Generic[B]):
         Called as ``take(batch, numbers)``, returns those samples. By default the batch's own `take`, or the lines of
         the tensors and arrays in it.
     when
-        ``"auto"``: measures both ways on a few batches, every few hundred again, and splits where that is faster.
+        ``"auto"``: times steps of both ways in turns, every few hundred batches again, and splits where that is faster.
         Or ``"always"``, ``"never"``.
     model
         Refused if it has batch norm: then the parts would not add up to the whole.
@@ -116,7 +90,7 @@ class SplitBatches(Generic[B]):
         scratch: str | os.PathLike[str] | None = None,
         on_rehearsal: Callable[[int], None] | None = None,
     ) -> None:
-        self._reader = _Reader(tables, loader, ids=ids, scratch=scratch, on_rehearsal=on_rehearsal)
+        self._reader = SplitReader(tables, loader, ids=ids, scratch=scratch, on_rehearsal=on_rehearsal)
         if tables.rows.update != "step":
             raise InputError(
                 f"with update={tables.rows.update!r} each part of a batch would update rows on its own",
@@ -130,7 +104,7 @@ class SplitBatches(Generic[B]):
             )
         self.tables = tables
         self._take = take
-        self._choice = self._reader.choice = SplitChoice(when, ahead=tables.store.schedule.ahead > 0)
+        self._choice = self._reader.choice = SplitChoice(when)
         self.split = 0
         """Batches given in two parts so far."""
         self.samples = 0
@@ -193,21 +167,13 @@ class SplitBatches(Generic[B]):
                  note="before: the gathering, in split batches"),
         ]  # fmt: skip
         declined = []
-        if (payoff := choice.payoff) is not None:
-            note = ", ".join(
-                f"{name} {value:.2f}" if name == "popular" else f"{name} {1e3 * value:.2f} ms"
-                for name, value in choice.measured.items()
-            )
-            other = payoff.prefetch if choice.ahead else payoff.base
-            lines.append(Line("step as modelled", "s", other, payoff.split, "modelled", note=note))
+        if found := choice.measured:
+            whole, split = found["whole"], found["split"]
+            note = f"{found['popular']:.0%} of the samples popular, {1e3 * found['gather']:.2f} ms of gathering"
+            lines.append(Line("step in the last trial", "s", whole, split, "measured", note=note))
             if not choice.pays:
-                way = "whole and read ahead" if choice.ahead else "whole"
-                declined.append(
-                    Declined(
-                        "split batches",
-                        f"a step would take {1e3 * payoff.split:.2f} ms split, {1e3 * other:.2f} ms {way} ({note})",
-                    )
-                )
+                took = f"in a trial a step took {1e3 * split:.2f} ms split, {1e3 * whole:.2f} ms whole ({note})"
+                declined.append(Declined("split batches", took))
         return Receipt(
             "split batches", f"{moved.method}, {choice.when}", (*moved.lines, *lines), moved.verdict, moved.why,
             declined=tuple(declined),
@@ -220,124 +186,3 @@ class SplitBatches(Generic[B]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what trials have measured before."""
         self._choice.load_state_dict(state)
-
-
-class _Reader(Prefetch[B]):
-    """A `Prefetch` that gives a batch as soon as its popular part may be computed."""
-
-    choice: SplitChoice
-    run: _SplitRun[B]
-
-    def _begin(self) -> _Run[B]:
-        self.run = _SplitRun(self)
-        return self.run
-
-
-class _SplitRun(_Run[B]):
-    """One loop, whose batches may be given before all of their rows have come."""
-
-    def __init__(self, owner: _Reader[B]) -> None:
-        self._choice = owner.choice
-        self._plans: deque[SplitPlan] = deque()  # of the batches that are held and not done
-        self._arrived = 0
-        self._owed = False  # whether parts of the batch are still to be given
-        self._held_at = self._given_at = 0.0
-        super().__init__(owner)
-
-    # -- the loop's side
-
-    def next(self) -> tuple[B] | None:
-        found = super().next()
-        self._owed, self._given_at = found is not None, time.perf_counter()
-        return found
-
-    def parts(self, batch: B, cut: Callable[[B, NDArray[np.int64], int], B]) -> Iterator[Part[B]]:
-        """Give the parts of a batch, each when its rows are there."""
-        rows, turn, plan = self._rows, self._given, self._plans[0]
-        if not plan.comes_in_parts:
-            num_samples = self._num_samples(batch)
-            rows.begin_part(_NONE)
-            self._owed = False
-            kind: Literal["popular", "rest", "whole"] = "popular" if len(plan.popular) else "rest"
-            yield Part(batch, np.arange(num_samples), 1.0, kind if plan.split else "whole")
-            return
-        steps = rows.counts.steps
-        serial = rows.begin_part(plan.popular)
-        try:
-            yield self._part(batch, plan.popular, plan, "popular", cut)
-            if rows.counts.steps != steps:
-                raise InputError(
-                    "rows were updated between the parts of a batch, and would be again after the rest",
-                    hint="call step() after all parts",
-                )
-            start = time.perf_counter()
-            self._come(lambda: self._arrived >= turn)
-            plan.waited = time.perf_counter() - start
-            rows.begin_part(plan.rest, serial)
-            self._owed = False
-            yield self._part(batch, plan.rest, plan, "rest", cut)
-        finally:
-            if not self._stop:
-                rows.begin_part(_NONE)
-
-    def _part(
-        self,
-        batch: B,
-        numbers: NDArray[np.int64],
-        plan: SplitPlan,
-        kind: Literal["popular", "rest"],
-        cut: Callable[[B, NDArray[np.int64], int], B],
-    ) -> Part[B]:
-        return Part(cut(batch, numbers, plan.samples), numbers, len(numbers) / plan.samples, kind)
-
-    def _num_samples(self, batch: B) -> int:
-        found = self._owner._ids(batch)
-        ids, offsets = found if isinstance(found, tuple) else (found, None)
-        return len(ids) if offsets is None else (len(offsets) - 1) // len(self._owner.tables.features)
-
-    def close(self) -> int:
-        if not self._stop:
-            self._rows.begin_part(_NONE)
-        return super().close()
-
-    def done(self) -> SplitPlan:
-        """Take note that the loop is done with the batch that it was given; returns what that took."""
-        if self._owed:
-            raise InputError(
-                "the next batch was asked for before all parts of this one: samples would be left out",
-                hint="go through all parts, or break out of the loop over batches as well",
-            )
-        with self._change:
-            plan = self._plans.popleft()
-            plan.compute = time.perf_counter() - self._given_at - plan.waited
-            self._choice.saw(plan)
-        return plan
-
-    # -- the thread's side
-
-    def _held(self) -> None:
-        n = self._schedule.loaded
-        self._held_at = time.perf_counter()
-        with self._change:
-            split, on_trial = self._choice.next()
-            batch = self._queue[n - self._given]
-        plan = SplitPlan(split, on_trial, _NONE, _NONE)
-        if split or on_trial:
-            rows, edges = self._lookups_of(batch)
-            width = len(self._owner.tables.features)
-            # One flag per lookup, not per row of the tables, which may be many times more.
-            here = (self._store.residency.where[rows] >= 0).view(np.uint8)
-            bags = edges[::width] if len(edges) else None
-            plan.popular, plan.rest = split_batch(np.arange(len(rows)), bags, width, here)
-        with self._change:
-            self._plans.append(plan)
-            if plan.comes_in_parts:
-                self._ready = n + 1
-                self._change.notify_all()
-
-    def _announce(self) -> None:
-        with self._change:
-            if self._schedule.loaded > self._arrived:
-                self._arrived = self._schedule.loaded
-                self._plans[-1].gather = time.perf_counter() - self._held_at
-        super()._announce()

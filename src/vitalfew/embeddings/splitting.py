@@ -19,7 +19,7 @@ __all__ = ["SplitChoice", "SplitPayoff", "SplitPlan", "split_batch", "split_pays
 
 When = Literal["auto", "always", "never"]
 
-_PAIRS = 8
+_PAIRS = 12
 """Batches of each kind that a trial compares."""
 _WARM = 4
 """Batches before the first trial: they compile, and fill the memory."""
@@ -69,7 +69,7 @@ def split_batch(
 
 @dataclass(frozen=True, slots=True)
 class SplitPayoff:
-    """Modelled seconds per batch.
+    """Modelled seconds per batch, at best.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class SplitPayoff:
 
 
 def split_pays(*, compute: float, gather: float, popular: float, fixed: float = 0.0) -> SplitPayoff:
-    """Return what a batch would take whole, split, and with the next one's rows gathered meanwhile.
+    """Return what a batch would take at best: whole, split, and with the next one's rows gathered meanwhile.
 
     Parameters
     ----------
@@ -109,6 +109,11 @@ def split_pays(*, compute: float, gather: float, popular: float, fixed: float = 
     --------
     >>> split_pays(compute=8.0, gather=4.0, popular=0.5, fixed=1.0)
     SplitPayoff(base=12.0, split=9.0, prefetch=8.0)
+
+    Notes
+    -----
+    Gathering and computing are taken not to slow each other down. Where they share cores, memory or Python's lock they
+    do, and a gain may become a loss: `SplitBatches` measures steps of both kinds instead.
 
     References
     ----------
@@ -141,8 +146,9 @@ class SplitPlan:
         Numbers of its samples; both empty where nobody asked.
     samples
         How many it has, if anybody asked.
-    gather, waited, compute
-        Seconds: for its missing rows to come, that the loop waited for them between the parts, and of the loop.
+    gather, waited, step
+        Seconds: for its missing rows to come, that the loop waited for them between the parts, and from when the batch
+        before was done until this one was.
     """
 
     split: bool
@@ -151,7 +157,7 @@ class SplitPlan:
     rest: NDArray[np.int64]
     gather: float = 0.0
     waited: float = 0.0
-    compute: float = 0.0
+    step: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -163,23 +169,20 @@ class SplitPlan:
 
 
 class SplitChoice:
-    """Whether to split: always, never, or by what trials of both ways have taken.
+    """Whether to split: always, never, or by what steps of both ways have taken, in turns.
 
     Parameters
     ----------
     when
         ``"auto"``: by trials.
-    ahead
-        Whether rows of the next batch are gathered in any case: that is then what splitting has to beat.
     """
 
-    def __init__(self, when: When, *, ahead: bool) -> None:
+    def __init__(self, when: When) -> None:
         if when not in ("auto", "always", "never"):
             raise InputError(f"when must be 'auto', 'always' or 'never', got {when!r}", hint="'auto' measures")
-        self.when, self.ahead = when, ahead
-        self.payoff: SplitPayoff | None = None
+        self.when = when
         self.measured: dict[str, float] = {}
-        """What the last trial gave to `split_pays`."""
+        """By the last trial: seconds of a step `whole` and `split`, those of the `gather`, and the share `popular`."""
         self._on_trial = when == "auto"
         self._begun = self._since = 0
         self._warm = _WARM
@@ -188,9 +191,7 @@ class SplitChoice:
     @property
     def pays(self) -> bool:
         """Whether the last trial says so."""
-        if self.payoff is None:
-            return False
-        return self.payoff.split < (self.payoff.prefetch if self.ahead else self.payoff.base)
+        return bool(self.measured) and self.measured["split"] < self.measured["whole"]
 
     def next(self) -> tuple[bool, bool]:
         """Say whether to split the next batch, and whether it is on trial."""
@@ -217,25 +218,23 @@ class SplitChoice:
     def _decide(self) -> None:
         whole, split = self._seen
         every = whole + split
-        compute = statistics.median(plan.compute for plan in whole)
-        samples = sum(plan.samples for plan in every)
+        step = statistics.median(plan.step for plan in whole)
+        # Of neighbours, for a machine may be slower now than a moment ago. Batches in one part do not differ.
+        longer = [two.step - one.step for one, two in zip(whole, split, strict=False) if two.comes_in_parts]
         self.measured = {
-            "compute": compute,
+            "whole": step,
+            "split": step + (statistics.median(longer) if longer else 0.0),
             "gather": statistics.median(plan.gather for plan in every),
-            "popular": sum(len(plan.popular) for plan in every) / max(samples, 1),
-            "fixed": max(statistics.median(plan.compute for plan in split) - compute, 0.0),
+            "popular": sum(len(plan.popular) for plan in every) / max(sum(plan.samples for plan in every), 1),
         }
-        self.payoff = split_pays(**self.measured)
         self._on_trial, self._since, self._seen = False, 0, ([], [])
 
     def state_dict(self) -> dict[str, Any]:
         return {"measured": dict(self.measured), "since": self._since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        measured = dict(state["measured"])
-        self.payoff = split_pays(**measured) if measured else None
-        self.measured, self._since = measured, int(state["since"])
-        self._on_trial = self.when == "auto" and self.payoff is None
+        self.measured, self._since = dict(state["measured"]), int(state["since"])
+        self._on_trial = self.when == "auto" and not self.measured
         self._seen = ([], [])
 
 

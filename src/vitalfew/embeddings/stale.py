@@ -58,7 +58,8 @@ class SkipStale:
         Which rows to watch at most, the most visited: a share (0.1), a number, or ``"64 MiB"`` of snapshots.
     lead
         Batches that a thread may have read ahead; what is found holds only after them. By default what `Prefetch` over
-        these tables needs, 0 without tiers.
+        these tables needs, 0 without tiers. With more than 0 and no `Prefetch`, train one update per batch of `inputs`:
+        the updates tell how far a pass is.
     validate, target, tolerance
         For ``max_change="auto"``: a loss, the share of visits to save at most, and how much worse than the best so far
         the loss may be, relatively.
@@ -145,7 +146,7 @@ class SkipStale:
 
     @property
     def flag_bytes(self) -> int:
-        """Bytes of the flags of stale rows."""
+        """Bytes of the flags of stale rows, and of samples that wait for a full batch."""
         return self._sieve.nbytes if self.mode == "inputs" else self.tables.rows.frozen.nbytes
 
     def _updated(self) -> None:
@@ -325,10 +326,15 @@ class SkipStale:
     ) -> None:
         self.undo()
 
+    def _settings(self) -> dict[str, Any]:
+        """Return what must be the same in a run that goes on."""
+        found = asdict(self.rule) | {"watch": self.watched.most}
+        return found if self.mode == "rows" else found | {"lead": self._sieve.lead}
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides what comes; also in the middle of a pass, between two updates."""
         return {
-            "settings": asdict(self.rule), "watch": self.watched.state_dict(),
+            "settings": self._settings(), "watch": self.watched.state_dict(),
             "sieve": self._sieve.state_dict(self._given()),
             "threshold": self.threshold, "ceiling": self._ceiling, "best": self._best, "updates": self.updates,
             "window": self.window, "revived": self.revived, "most_stale": self.most_stale,
@@ -336,8 +342,7 @@ class SkipStale:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. In the middle of a pass, give `inputs` a loader that begins at batch `batches_read`."""
-        if state["settings"] != (mine := asdict(self.rule)):
-            wrong = {k: v for k, v in state["settings"].items() if v != mine.get(k)}
+        if wrong := {k: state["settings"].get(k) for k, v in self._settings().items() if v != state["settings"].get(k)}:
             raise InputError(f"the state was made with other settings: {wrong}", hint="use these")
         self.watched.load_state_dict(state["watch"])
         self._sieve.load_state_dict(state["sieve"])

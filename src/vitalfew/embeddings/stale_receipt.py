@@ -20,11 +20,12 @@ def stale_receipt(few: SkipStale) -> Receipt:
     tables, watch, counts = few.tables, few.watched, few.tables.counts
     was_updated, was_frozen, was_moved = few.before
     updated, frozen = counts.rows_updated - was_updated, counts.rows_frozen - was_frozen
+    memory, held = watch.nbytes + few.flag_bytes, "with flags, and samples that wait for a full batch"
     lines = [
         Line("watched rows, and stale ones of them", "rows", len(watch), few.num_stale, "counted"),
         Line("updates of rows", "rows", updated + frozen, updated, "counted", note="before: with those of frozen rows"),
         Line("rows that were stale and came back", "rows", None, few.revived, "counted"),
-        Line("memory for snapshots, history and visits", "B", None, watch.nbytes + few.flag_bytes, "counted"),
+        Line("memory for snapshots, history and visits", "B", None, memory, "counted", note=held),
     ]
     if few.mode == "inputs":
         seen = few.samples_seen

@@ -29,7 +29,7 @@ from vitalfew.embeddings.options import Progress, Say
 from vitalfew.embeddings.preparing import Job
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
 from vitalfew.embeddings.tiered import TieredEmbeddings
-from vitalfew.embeddings.tiering import Tiering
+from vitalfew.embeddings.tiering import Tiering, most_rows
 from vitalfew.embeddings.way import Way
 from vitalfew.meter import Scope, scope
 from vitalfew.tiers._commits import COMMIT
@@ -125,9 +125,9 @@ def train_tiered(job: Job, every: float, progress: Progress, say: Say) -> None:
 def check_batches(job: Job, way: Way) -> None:
     """Refuse memory that may not hold the batches that methods make of other samples than those that were checked."""
     tiers = job.tiers
-    if tiers is None or not way.reorders or job.train.is_jagged:
+    if tiers is None or not way.reorders:
         return
-    most = sum(min(rows, job.settings.batch_size) for rows in job.num_rows.values())
+    most = most_rows(job.train, job.num_rows, job.settings.batch_size)
     if not tiers.suffices(sum(job.num_rows.values()), most, job.settings):
         least = tiers.least(sum(job.num_rows.values()), most, job.settings)
         raise InputError(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vitalfew.core import Budget, InputError, parse_size
 from vitalfew.data.encoded import Encoded
+from vitalfew.data.log import EncodedLog
 from vitalfew.embeddings.first import FirstRows
 from vitalfew.embeddings.room import Room, room_for
 from vitalfew.embeddings.rows import Layout
@@ -25,9 +26,11 @@ from vitalfew.tiers.policies import Policy, policy_named
 from vitalfew.tiers.schedule import Schedule
 from vitalfew.tiers.window import Window
 
-__all__ = ["POLICIES", "Tiering", "free_memory", "ids_of", "record_bytes", "schedule_for"]
+__all__ = ["POLICIES", "Tiering", "free_memory", "ids_of", "most_rows", "record_bytes", "schedule_for"]
 
 POLICIES = ("lookahead", "lru", "lfu")
+_BLOCK = 1 << 14
+"""Rows of a log that are looked through at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,17 @@ class Tiering:
             else:
                 low = middle
         return _mib(high)
+
+
+def most_rows(log: EncodedLog, num_rows: Mapping[str, int], batch_size: int) -> int:
+    """Return how many rows a batch may look up at most, whichever samples it is of; reads a log of lists once."""
+    longest = np.full((batch_size, len(num_rows)), 0 if log.is_jagged else 1)
+    for start in range(0, len(log) if log.is_jagged else 0, _BLOCK):
+        offsets = log.block(start, min(start + _BLOCK, len(log))).offsets
+        assert offsets is not None
+        sizes = np.concatenate([longest, np.diff(offsets).reshape(-1, len(num_rows))])
+        longest = np.partition(sizes, len(sizes) - batch_size, axis=0)[-batch_size:]
+    return int(np.minimum(longest.sum(axis=0), list(num_rows.values())).sum())
 
 
 def _mib(hundredths: int) -> str:

@@ -57,7 +57,7 @@ class Watch:
     """
 
     def __init__(self, rows: Rows, first: FirstRows, num_rows: int, count: int) -> None:
-        self._rows, self._first, self._count = rows, first, count
+        self._rows, self._first, self.most = rows, first, count
         self.visits = np.zeros(num_rows, np.uint32)
         self._set(np.empty(0, np.int64))
 
@@ -84,7 +84,7 @@ class Watch:
         """Watch the rows that were visited most by now; what is stale stays, and what is known of a row as well."""
         former, known = self.ids, {name: getattr(self, name) for name in ("stale", "probation", "_at", "_snapshot")}
         history = self.history
-        self._set(most_visited(self.visits, self._count, former[self.stale]))
+        self._set(most_visited(self.visits, self.most, former[self.stale]))
         place = np.searchsorted(former, self.ids)
         place[place == len(former)] = 0
         have = former[place] == self.ids if len(former) else np.zeros(len(self), np.bool_)

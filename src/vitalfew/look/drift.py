@@ -62,8 +62,10 @@ class ColumnDrift:
     ----------
     kind
         numeric, categorical, list or cross.
-    bins, chance
-        Bins of the stability index, and what chance alone adds to it.
+    bins
+        Of the stability index.
+    chance
+        What chance alone adds to the index of each slice.
     psi
         Population stability index against the base.
     new, usual_new
@@ -78,7 +80,7 @@ class ColumnDrift:
     name: str
     kind: str
     bins: int
-    chance: float
+    chance: tuple[float, ...]
     psi: tuple[float, ...]
     new: tuple[float, ...]
     usual_new: float
@@ -87,9 +89,9 @@ class ColumnDrift:
 
     @property
     def finding(self) -> str:
-        """The largest index of a slice, less what chance adds, in a word: steady, shifted or far."""
+        """The largest index of a slice, each less what chance adds, in a word: steady, shifted or far."""
         # Twice: that ids are the frequent ones of the base is chance too, and adds about as much again.
-        most = max(self.psi) - 2 * self.chance
+        most = max(psi - 2 * chance for psi, chance in zip(self.psi, self.chance, strict=True))
         return "steady" if most < SHIFT else "shifted" if most < LARGE else "far"
 
 
@@ -240,7 +242,7 @@ class _Tally:
         """Yield what each column does."""
         for j, (name, coder) in enumerate(self._coders.items()):
             counts, later = self._counts[name], range(1, len(self._rows))
-            sums = [max(int(counts[k].sum()), 1) for k in (0, *later)]
+            sums = [max(int(rows), 1) for rows in counts.sum(axis=1)]
             # Bins that are empty throughout say nothing, and smoothing would let them.
             used = counts.sum(axis=0) > 0
             told = [self._told(k, slice(j, j + 1)) for k in later]
@@ -248,7 +250,7 @@ class _Tally:
                 name,
                 coder.kind,
                 int(used.sum()),
-                chance_psi(int(used.sum()), sums[0], max(min(sums[1:]), 1)),
+                tuple(chance_psi(int(used.sum()), sums[0], sums[k]) for k in later),
                 tuple(psi(counts[0][used], counts[k][used]) for k in later),
                 tuple(new_id_share([1, 0], self._known_and_new(name, k)) for k in later),
                 coder.usual_new,

@@ -50,7 +50,7 @@ def drift_facts(look: DriftLook) -> list[str]:
         f"base: {base.rows:,} rows from {base.start} to {base.stop}, by `{look.time}`",
         "PSI: population stability index against the base, counted in bins of the base; rare and new ids share a bin; "
         f"{SHIFT:g} is called a shift and {LARGE:g} a far one (a rule of thumb), and chance alone adds up to "
-        f"{max(column.chance for column in look.columns):.2g}",
+        f"{max(max(column.chance) for column in look.columns):.2g}",
         "new: values that the base does not have, in the last slice; usual: their share if nothing changed, by Good "
         "and Turing",
         "AUC: how well a small classifier, on rows it has not seen, tells a slice from the base; 0.5 is not at all",

@@ -27,6 +27,8 @@ class Bags(Protocol):
 
 def linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:
     """Return a layer with first weights as in the DLRM reference code."""
+    if min(fan_in, fan_out) < 1:
+        raise InputError(f"a layer from {fan_in} to {fan_out} values", hint="widths are 1 or more")
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_(0, (2 / (fan_in + fan_out)) ** 0.5, generator=generator)
