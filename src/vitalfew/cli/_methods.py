@@ -83,4 +83,20 @@ METHODS: list[dict[str, str]] = [
         "after": "population stability index, domain classifiers",
         "card": "docs/methods/drift.md",
     },
+    {
+        "job": "generate",
+        "method": "key tokens",
+        "does": "keeps the tokens that get the attention in slots of the KV cache, and overwrites the others",
+        "use": "vitalfew generate; vitalfew compare-cache; KeyTokens",
+        "after": "Keyformer (Adnan et al. 2024); H2O, SnapKV, TOVA, StreamingLLM",
+        "card": "docs/methods/key-tokens.md",
+    },
+    {
+        "job": "generate",
+        "method": "slot cache",
+        "does": "holds keys and values in slots that are overwritten, coded in fewer bits, forked, or saved",
+        "use": "KeyTokens(codec=); compress, CompressedPrefix; save_state",
+        "after": "ours; codes after KIVI (Liu et al. 2024) and QuaRot (Ashkboos et al. 2024)",
+        "card": "docs/methods/slot-cache.md",
+    },
 ]

@@ -111,6 +111,35 @@ def _sum_rows(weights: Any, table: Any, at: Any, step: Any, pos: Any, out: Any) 
             _add(out, weights, c, table[at + c * step])
 
 
+@njit(inline="always", fastmath=_LOOSE)
+def _bend(x: Any, pos: Any, query_pos: Any, softcap: Any, slopes: Any) -> None:
+    """Cap, bias and mask the scaled logits (G, C) of a KV head."""
+    group, slots = x.shape
+    if softcap > 0:
+        for g in range(group):
+            for c in range(slots):
+                x[g, c] = softcap * math.tanh(x[g, c] / softcap)
+    if len(slopes):
+        for g in range(group):
+            for c in range(slots):
+                x[g, c] += slopes[g] * np.float32(pos[c] - query_pos)
+    for c in range(slots):
+        if pos[c] < 0:
+            x[:, c] = -np.inf
+
+
+@njit(inline="always", fastmath=_LOOSE)
+def _weigh(x: Any, sinks: Any, weights: Any, two: Any, shares: Any) -> None:
+    """Fill `weights` (G, C) with what is in proportion to the softmax of x, and `shares` (G) with the factors."""
+    weights[:] = x
+    for g in range(x.shape[0]):
+        top = _highest(x[g])
+        total = _exp(weights[g], top, two)
+        if len(sinks):
+            total += np.float32(math.exp(sinks[g] - top))
+        shares[g] = _ONE / total
+
+
 @njit(nogil=True, cache=True, fastmath=_LOOSE)
 def attend(
     query: Any, keys: Any, key_steps: Any, values: Any, value_steps: Any, pos: Any, query_pos: Any, scale: Any,
@@ -120,34 +149,17 @@ def attend(
     rows, heads, group, d = query.shape
     slots = logits.shape[3]
     weights, two = np.empty((group, slots), np.float32), np.empty(slots, np.float32)
-    q = np.empty((group, d), np.float32)
+    q, shares = np.empty((group, d), np.float32), np.empty(group, np.float32)
     for b in range(rows):
         for h in range(heads):
             q[:] = query[b, h]
             q *= scale
             x = logits[b, h]
             _dots(q, keys, b * key_steps[0] + h * key_steps[1], key_steps[2], x)
-            if softcap > 0:
-                for g in range(group):
-                    for c in range(slots):
-                        x[g, c] = softcap * math.tanh(x[g, c] / softcap)
-            if len(slopes):
-                for g in range(group):
-                    for c in range(slots):
-                        x[g, c] += slopes[h * group + g] * np.float32(pos[b, h, c] - query_pos[b])
-            for c in range(slots):
-                if pos[b, h, c] < 0:
-                    x[:, c] = -np.inf
+            _bend(x, pos[b, h], query_pos[b], softcap, slopes[h * group :])
             o = out[b, h]
             o[:] = _ZERO
-            weights[:] = x
-            shares = np.empty(group, np.float32)
-            for g in range(group):
-                top = _highest(x[g])
-                total = _exp(weights[g], top, two)
-                if len(sinks):
-                    total += np.float32(math.exp(sinks[h * group + g] - top))
-                shares[g] = _ONE / total
+            _weigh(x, sinks[h * group :], weights, two, shares)
             _sum_rows(weights, values, b * value_steps[0] + h * value_steps[1], value_steps[2], pos[b, h], o)
             for g in range(group):
                 o[g] *= shares[g]

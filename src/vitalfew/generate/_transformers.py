@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from vitalfew.core.errors import InputError
-from vitalfew.generate._transformers_families import ADAPTED, position_limit
 from vitalfew.generate.evicting import EvictingLayer
 from vitalfew.generate.request import Plan, Request
 from vitalfew.generate.scores import Logits, attend_masked
+from vitalfew.generate.steady import Clock
 
-__all__ = ["NAME", "SlotCache", "SlotLayer", "attend_module", "enable", "settled"]
-
-NAME = "vitalfew_slots"
-"""Under which the attention and mask functions are registered, while any model uses them."""
+__all__ = ["SlotCache", "SlotLayer", "attend_module", "link", "served", "settled", "slot_attention", "slot_mask"]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -56,7 +53,7 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand the new tokens on to the attention function, which puts them into slots."""
         self.is_initialized = True
-        _link.hand_over(self, key_states)
+        link.hand_over(self, key_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -64,7 +61,9 @@ class SlotLayer(CacheLayerMixin):
         return held + query_length, self.evicting.length - held
 
     def get_seq_length(self) -> int:
-        return self.evicting.length
+        clock = self.evicting.request.clock
+        # As transformers' static caches do, in a tensor, so that a captured step reads it anew.
+        return self.evicting.length if clock is None else cast(int, clock.seen)
 
     def get_max_length(self) -> int:
         return -1
@@ -112,6 +111,8 @@ class SlotCache(Cache):
             full = kind == "full_attention"
             layers.append(SlotLayer(index, self.request) if full else DYNAMIC_LAYER_TYPE_MAPPING[kind](**more))
         super().__init__(layers=layers)
+        self.torn = False
+        self._began: tuple[list[Any], list[tuple[Any, dict[str, Any]]]] | None = None
         for layer in self.slot_layers:
             layer.cache = self
 
@@ -123,7 +124,7 @@ class SlotCache(Cache):
     @property
     def length(self) -> int:
         """Tokens seen, padding included."""
-        return self.slot_layers[0].get_seq_length()
+        return self.slot_layers[0].evicting.length
 
     @property
     def nbytes(self) -> int:
@@ -137,27 +138,89 @@ class SlotCache(Cache):
 
     def expect(self, prompt: int, planned: int) -> None:
         """Say how many tokens, padding included, there will be when the prompt has ended, and how many will follow."""
+        if self.request.clock is not None:
+            raise InputError("generate() goes step by step itself", hint="leave the `with cache.steady()` block first")
         self.request.prompt, self.request.planned = prompt, planned
 
+    @contextmanager
+    def steady(self) -> Iterator[Clock]:
+        """Take steps of one token per row that can be captured in a CUDA graph and replayed.
+
+        All rows must be full. Within the block a step neither waits for the device nor depends on the host: pass
+        ``position_ids=clock.pos[:, None]``, no mask, and a tensor of tokens that stays where it is. On leaving, the
+        host learns how many steps there were; they cannot be taken back.
+
+        Yields
+        ------
+        Clock
+            Where the next tokens stand.
+
+        Raises
+        ------
+        InputError
+            If a row or a layer still grows; on leaving, if a layer gave an output that is not finite.
+        """
+        if len(self.slot_layers) < len(self.layers):
+            raise InputError("layers with a sliding window grow by themselves", hint="call the model without steady()")
+        clock = Clock([layer.evicting for layer in self.slot_layers])
+        self.request.note(torch.ones((), dtype=torch.bool, device=clock.pos.device))
+        self.request.clock = clock
+        try:
+            yield clock
+        finally:
+            self.request.clock = None
+            clock.stop()
+        self.request.check_sound()
+
+    def begin(self) -> None:
+        """Remember what a call of the model must leave as it is, should it fail."""
+        self.settle()  # after a call that ended without a word, by Ctrl-C for one
+        if self.torn:
+            raise InputError(
+                "a call failed half way, and what some layers took in could not be taken back",
+                hint="run the whole text through a fresh cache",
+            )
+        others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, SlotLayer)]
+        self._began = [_extent(layer) for layer in self.slot_layers], others
+
+    def end(self) -> None:
+        """Let the call stand."""
+        self._began = None
+
     def settle(self) -> None:
-        """Bring all layers back to the tokens that all of them have seen, after a call that failed half way."""
-        lengths = [layer.evicting.length for layer in self.slot_layers]
-        if max(lengths) == min(lengths):
+        """Go back to where a call began that failed half way; where that is impossible, refuse to go on."""
+        began, self._began = self._began, None
+        if self.request.clock is not None:
+            self.torn |= began is not None  # steady steps overwrite what they cannot give back
             return
-        if not min(lengths):
+        if began is None:
+            self.torn |= len({layer.evicting.length for layer in self.slot_layers}) > 1
+            return
+        start = began[0][0][0]
+        if not start:
             self.reset()
             return
-        for layer in self.slot_layers:
-            layer.evicting.undo(layer.evicting.length - min(lengths))
+        for layer, extent in zip(self.slot_layers, began[0], strict=True):
+            slots, more = layer.evicting.slots, layer.evicting.length - start
+            if slots is not None and 0 < more <= slots.undoable:
+                layer.evicting.undo(more)
+            self.torn |= _extent(layer) != extent
+        for other, held in began[1]:
+            # These make new tensors of old ones; what writes into them cannot go back.
+            self.torn |= not isinstance(other, DynamicLayer | DummyLayer)
+            vars(other).update(held)
+
+    def reset(self) -> None:
+        super().reset()
+        self.torn, self._began = False, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here."""
-        if any(not isinstance(layer, SlotLayer) for layer in self.layers):
-            raise InputError("a cache with sliding layers cannot be saved", hint="save the tokens and run them again")
         request = self.request
         return {
             "prompt": request.prompt, "planned": request.planned,
             "layers": [layer.evicting.state_dict() for layer in self.slot_layers],
+            "windows": [_window_state(layer) for layer in self.layers if not isinstance(layer, SlotLayer)],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,6 +234,34 @@ class SlotCache(Cache):
         for layer, saved in zip(self.slot_layers, state["layers"], strict=True):
             layer.evicting.load_state_dict(saved)
             layer.is_initialized = True
+        for layer, saved in zip(
+            (layer for layer in self.layers if not isinstance(layer, SlotLayer)), state["windows"], strict=True
+        ):
+            _set_window(layer, saved)
+
+
+def _window_state(layer: Any) -> dict[str, Any]:
+    """Return what a layer with a window holds; nothing of one that holds nothing of its own."""
+    if isinstance(layer, DummyLayer):
+        return {}
+    if type(layer) is not DynamicSlidingWindowLayer:
+        raise InputError(
+            f"a cache with a {type(layer).__name__} cannot be saved", hint="save the tokens and run them again"
+        )
+    return {"seen": layer.cumulative_length, "keys": layer.keys.clone(), "values": layer.values.clone()}
+
+
+def _set_window(layer: Any, state: dict[str, Any]) -> None:
+    if state:
+        layer.lazy_initialization(state["keys"], state["values"])
+        layer.keys, layer.values = state["keys"].clone(), state["values"].clone()
+        layer.cumulative_length = state["seen"]
+
+
+def _extent(layer: SlotLayer) -> tuple[int, list[int] | None]:
+    """Return what shows whether a layer took something in."""
+    slots = layer.evicting.slots
+    return layer.evicting.length, None if slots is None else list(slots.filled)
 
 
 class _Link(threading.local):
@@ -180,9 +271,14 @@ class _Link(threading.local):
     key: torch.Tensor | None = None
 
     def hand_over(self, layer: SlotLayer, key: torch.Tensor) -> None:
-        lost, self.layer, self.key = self.layer, layer, key
+        self.check()
+        self.layer, self.key = layer, key
+
+    def check(self) -> None:
+        """Raise if nobody asked for the last tokens."""
+        lost = self.layer
         if lost is not None:
-            self.layer = self.key = None
+            self.clear()
             raise InputError(
                 f"the attention of layer {lost.evicting.layer} never asked for its slots, so nothing would be evicted",
                 hint="this model cannot be served; `vitalfew doctor` lists the families that can",
@@ -197,8 +293,8 @@ class _Link(threading.local):
         self.layer = self.key = None
 
 
-_link = _Link()
-_served: WeakSet[torch.nn.Module] = WeakSet()
+link = _Link()
+served: WeakSet[torch.nn.Module] = WeakSet()
 """Modules of the models that are enabled: a configuration may be shared with models that are not."""
 
 
@@ -211,7 +307,7 @@ def slot_attention(
     name = type(module).__name__
     if kwargs.get("position_bias") is not None:
         raise InputError(f"{name} adds a bias of its own", hint="this model cannot be served")
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise InputError(f"{name} does not attend to earlier tokens alone", hint="only decoders of text can be served")
     form = Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks=s_aux)
     return attend_module(module, query, key, value, attention_mask, form, dropout), None
@@ -224,13 +320,13 @@ def attend_module(
     """Do what `slot_attention` does, once it is known how logits are made; ``(B, n, Hq, d)``."""
     if dropout:
         raise InputError("slots are for generation, but the model is in training mode", hint="call model.eval() first")
-    layer = _link.claim(key)
+    layer = link.claim(key)
     if layer is not None:
         return attend(layer, query, key, value, attention_mask, form)
     if attention_mask is not None and attention_mask.ndim == 4:  # a sliding layer
         return attend_masked(query, key, value, form, attention_mask)
     rows, count, total = query.shape[0], query.shape[2], key.shape[2]
-    if total != count and module in _served:
+    if total != count and module in served:
         raise InputError(
             "these keys come from another cache, which evicts nothing",
             hint="pass past_key_values=few.cache(), or none to generate()",
@@ -266,7 +362,7 @@ def attend(
         with torch.no_grad():
             return layer.evicting.attend(query, key, value, mask, form)
     except BaseException:
-        _link.clear()
+        link.clear()
         if layer.cache is not None:
             layer.cache.settle()
         raise
@@ -292,85 +388,12 @@ def slot_mask(
     return attention_mask
 
 
-def enable(model: PreTrainedModel) -> ExitStack:
-    """Let a model's attention go through `slot_attention`; closing what it returns undoes that."""
-    if model in _served:
-        raise InputError("this model is enabled already", hint="undo() the other KeyTokens, or leave its `with` block")
-    from vitalfew.generate._transformers_adapters import adapt
-
-    text = model.config.get_text_config(decoder=True)
-    owners = (model.config, text, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel)))
-    # What sees pictures or hears has a configuration of another type, and attends both ways.
-    configs = {
-        id(config): config for config in owners if config.model_type in (model.config.model_type, text.model_type)
-    }
-    if any(config._attn_implementation_internal == NAME for config in configs.values()):
-        raise InputError(
-            "this model shares its configuration with one that is enabled, or was copied from it meanwhile",
-            hint="undo() the other KeyTokens first",
-        )
-    with ExitStack() as stack:
-        stack.callback(_retire, model)
-        AttentionInterface.register(NAME, slot_attention)
-        AttentionMaskInterface.register(NAME, slot_mask)
-        for config in configs.values():
-            stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
-            config._attn_implementation_internal = NAME
-        if text.model_type in ADAPTED:
-            adapt(model, stack)
-        limit = position_limit(model)
-        stack.callback(model.register_forward_pre_hook(partial(_check_call, limit), with_kwargs=True).remove)
-        _served.update(model.modules())
-        return stack.pop_all()
-
-
-def _check_call(limit: int | None, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what a call of the model cannot have with slots."""
-    if kwargs.get("output_attentions"):
-        raise InputError("attention weights are not kept", hint="leave out output_attentions")
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if not isinstance(cache, SlotCache):
-        return
-    new = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-    tokens = cache.length + new.shape[1]
-    if cache.length < (cache.request.prompt or 0) <= tokens and mask is not None and mask.ndim == 2:
-        _check_ends(mask[:, : cache.request.prompt])
-    if limit is None:
-        return
-    if tokens > limit and mask is not None and mask.ndim == 2:
-        tokens = int(mask.sum(1).max())  # padding takes no position
-    if tokens > limit:
-        raise InputError(
-            f"{tokens} tokens are more than the {limit} positions that this model knows",
-            hint="shorten the prompt or max_new_tokens",
-        )
-
-
-def _check_ends(mask: torch.Tensor) -> None:
-    """Refuse rows whose prompt ends with padding: what follows would be foretold from the padding."""
-    if bool(mask[:, -1].all()):
-        return
-    row = mask[:, -1].bool().tolist().index(False)
-    if not mask[row].any():
-        raise InputError(f"row {row} is all padding", hint="leave rows without tokens out")
-    raise InputError(f"the prompt of row {row} ends with padding", hint="pad on the left: padding_side='left'")
-
-
-def _retire(model: PreTrainedModel) -> None:
-    """Forget a model, and after the last one the functions in transformers' registries."""
-    for module in model.modules():
-        _served.discard(module)
-    if not _served:
-        AttentionInterface._global_mapping.pop(NAME, None)
-        AttentionMaskInterface._global_mapping.pop(NAME, None)
-
-
 @contextmanager
 def settled(cache: SlotCache) -> Iterator[None]:
     """Leave a cache as it was before a call that fails half way."""
     try:
         yield
     except BaseException:
-        _link.clear()
+        link.clear()
         cache.settle()
         raise

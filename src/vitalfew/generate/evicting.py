@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vitalfew.core.errors import InputError
 from vitalfew.generate.noise import Noise
+from vitalfew.generate.packed import attend_held
 from vitalfew.generate.request import NewTokens, Request
-from vitalfew.generate.scores import Logits, Votes, attend_prompt, attend_slots, later_votes, vote_and_mark
+from vitalfew.generate.scores import Logits, Votes, attend_prompt, later_votes, vote_and_mark
 from vitalfew.generate.select import next_slot, prompt_tokens
 from vitalfew.generate.slots import Slots
+
+if TYPE_CHECKING:
+    from vitalfew.generate.steady import Clock
 
 __all__ = ["EvictingLayer"]
 
@@ -67,12 +71,14 @@ class EvictingLayer:
         form
             How logits are made.
         """
+        if self.request.clock is not None:
+            return self._steady(query, key, value, form, self.request.clock)
         if self.slots is None:
-            self.slots = Slots(key, value)
+            self.slots = Slots(key, value, self.request.plan.codec)
         slots, count = self.slots, key.shape[2]
-        if (key.shape[0], key.shape[1]) != tuple(slots.keys.shape[:2]) or key.dtype != slots.keys.dtype:
+        if (key.shape[0], key.shape[1]) != tuple(slots.keys.shape[:2]) or key.dtype != slots.dtype:
             raise InputError(
-                f"this cache holds {slots.keys.shape[0]} rows of {slots.keys.dtype}, got {key.shape[0]} of {key.dtype}",
+                f"this cache holds {slots.keys.shape[0]} rows of {slots.dtype}, got {key.shape[0]} of {key.dtype}",
                 hint="use a fresh cache for another batch, or another dtype",
             )
         tokens = self.request.new_tokens(mask, self.length, count, slots.counts, key.device)
@@ -112,7 +118,7 @@ class EvictingLayer:
             slots.replace(key, value, pos, score)
         else:
             slots.extend(key, value, pos, score)
-        keys, values, key_pos = slots.view()
+        keys, values, key_pos = slots.exact_view()
         votes = self._votes(count)
         out, cast = attend_prompt(query, keys, values, form, key_pos, tokens.pos, votes, causal=first and tokens.whole)
         if cast is not None:
@@ -126,6 +132,7 @@ class EvictingLayer:
         slots.counts = list(tokens.counts)
         if ends or plan.each_chunk:
             self._choose(range(len(slots.counts)), whole=tokens.whole and first, voted=cast is not None)
+            slots.settle()
             self.prompt_end = self.length
             request.prompt_done = time.perf_counter()
         return out
@@ -150,7 +157,7 @@ class EvictingLayer:
         plan, policy = request.plan, request.plan.policy
         caps = list(slots.caps)
         for row in rows:
-            caps[row] = self._cap(slots.counts[row])
+            caps[row] = self._cap(row)
         used = slots.used
         keep = [count if cap is None else min(cap, count) for cap, count in zip(caps, slots.counts, strict=True)]
         # A row that keeps all has as many slots as tokens; one that was cut before keeps what it has.
@@ -167,7 +174,8 @@ class EvictingLayer:
             votes = slots.score[:, :, :used]
             pos = slots.pos[:, :, :used]
             chosen = torch.zeros((len(keep), 1, 1), dtype=torch.bool, device=pos.device)
-            chosen[list(rows)] = True  # what other rows have must not change
+            # What other rows have must not change, nor what is left whole: it will be chosen from when it has grown.
+            chosen[[row for row in rows if caps[row] is not None]] = True
             scores = votes if plan.keep is None else policy.prompt_scores(votes, pos, plan.seed)
             scores = torch.where(chosen, self._protected(scores, pos), votes)
             recent = [policy.recent_of(k) for k in keep]
@@ -183,22 +191,48 @@ class EvictingLayer:
             slots.score[:, :, :most] = torch.where(chosen, kept_scores, slots.score[:, :, :most])
         self._mark()
 
-    def _cap(self, count: int) -> int | None:
-        plan = self.request.plan
+    def _cap(self, row: int) -> int | None:
+        """Return the slots that a row of its length may use; None for as many as it needs."""
+        plan, slots = self.request.plan, self.slots
+        assert slots is not None
+        count = slots.counts[row]
         if plan.keep is None or count < plan.min_length:
             return None
-        assert self.slots is not None
-        cap = plan.keep(self.layer, count, self.request.planned, len(self.slots.counts))
+        if plan.mass is not None:
+            return self._cap_of_mass(row, plan.mass)
+        cap = plan.keep(self.layer, count, self.request.planned, len(slots.counts))
         return cap if cap <= count else None
 
-    def _protected(self, scores: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+    def _cap_of_mass(self, row: int, mass: float) -> int:
+        """Return the fewest slots with which the mean of a row's heads keeps a share of the votes."""
+        slots, policy = self.slots, self.request.plan.policy
+        assert slots is not None
+        pos = slots.pos[row : row + 1, :, : slots.used]
+        votes = slots.score[row : row + 1, :, : slots.used].masked_fill(pos < 0, 0.0)
+        order = policy.prompt_scores(votes, pos, self.request.plan.seed)
+        safe = self._guard(row, pos)
+        cap, window = 0, -1
+        while window != policy.recent_of(cap):  # the window is a share of the slots, whose number depends on it
+            window = policy.recent_of(cap)
+            stays = safe | (pos > pos.amax(2, keepdim=True) - window)
+            best = votes.gather(2, order.masked_fill(stays, math.inf).argsort(dim=2, descending=True, stable=True))
+            curve = (best.cumsum(2) / best.sum(2, keepdim=True)).mean((0, 1))
+            found = int((curve < mass - 1e-6).sum()) + 1
+            cap = max(cap, found, int(stays.sum(2).max()), policy.least())
+        return min(cap, slots.counts[row])
+
+    def _guard(self, row: int, pos: torch.Tensor) -> torch.Tensor:
+        """Return which tokens of a row never go."""
         plan = self.request.plan
+        assert self.slots is not None
         guard = (pos >= 0) & (pos < plan.policy.sinks)
         for span in plan.protect:
-            assert self.slots is not None
-            for row, count in enumerate(self.slots.counts):
-                start, stop, _ = span.indices(count)
-                guard[row] |= (pos[row] >= start) & (pos[row] < stop)
+            start, stop, _ = span.indices(self.slots.counts[row])
+            guard |= (pos >= start) & (pos < stop)
+        return guard
+
+    def _protected(self, scores: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        guard = torch.stack([self._guard(row, pos[row]) for row in range(pos.shape[0])])
         return scores.masked_fill(guard, float("inf"))
 
     # Tokens after the prompt
@@ -213,8 +247,11 @@ class EvictingLayer:
         self.length += 1
         slots.counts = [count + 1 for count in slots.counts]
         keys, values, held = slots.view()
-        out, logits = attend_slots(query, keys, values, form, held, pos)
-        if not math.isfinite(out.sum(dtype=torch.float32).item()):
+        out, logits = attend_held(query, keys, values, form, held, pos)
+        finite = out.sum(dtype=torch.float32).isfinite()
+        if finite.device.type != "cpu":
+            request.note(finite)
+        elif not finite:
             raise InputError(f"layer {self.layer} gave an output that is not finite", hint="check the model's inputs")
         if plan.keep is not None:
             self._score(logits, held, pos)
@@ -222,13 +259,34 @@ class EvictingLayer:
                 self._choose_grown()
         return out
 
+    def _steady(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Logits, clock: Clock
+    ) -> torch.Tensor:
+        """Do what `_step` does without the host: all that changes is in tensors, each of which stays where it is."""
+        slots = self.slots
+        assert slots is not None
+        if key.shape[2] != 1 or key.shape[0] != len(slots.counts):
+            raise InputError(
+                f"steady steps take one token of {len(slots.counts)} rows, got {key.shape[2]} of {key.shape[0]}",
+                hint="leave the `with cache.steady()` block first",
+            )
+        slots.overwrite(key[:, :, 0], value[:, :, 0], clock.pos)
+        keys, values, held = slots.view()
+        out, logits = attend_held(query, keys, values, form, held, clock.pos)
+        self.request.note(out.sum(dtype=torch.float32).isfinite())
+        marked = slots.marked
+        self._score(logits, held, clock.pos)
+        slots.marked = marked.copy_(slots.marked)
+        clock.tick(self)
+        return out
+
     def _choose_grown(self) -> None:
         """Choose from rows that have become long enough to be chosen from."""
         slots = self.slots
         assert slots is not None
         rows = [
-            row for row, (cap, count) in enumerate(zip(slots.caps, slots.counts, strict=True))
-            if cap is None and self._cap(count) is not None
+            row for row, cap in enumerate(slots.caps)
+            if cap is None and self._cap(row) is not None
         ]  # fmt: skip
         if rows:
             self._choose(rows)
@@ -241,7 +299,8 @@ class EvictingLayer:
         score = slots.score[:, :, : slots.used]
         votes = None
         if policy.votes_later:
-            tau = request.temperature(self.length - self.prompt_end, slots.counts)
+            clock = request.clock
+            tau = clock.tau if clock else request.temperature(self.length - self.prompt_end, slots.counts)
             noise = Noise(plan.seed, self.layer) if policy.noise else None
             if policy.sums_votes:
                 slots.marked = vote_and_mark(score, logits, tau, noise, held, pos, self._window())
@@ -309,6 +368,5 @@ class EvictingLayer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.slots = Slots(state["keys"], state["values"])
-        self.slots.load_state_dict(state)
+        self.slots = Slots.of_state(state, self.request.plan.codec)
         self.length, self.prompt_end, self.mass = state["length"], state["prompt_end"], state["mass"]

@@ -18,6 +18,7 @@ def keeper(
     slot_bytes: Sequence[int],
     *,
     least: int,
+    fixed: int = 0,
     of: str = "prompt",
     layers: str | Sequence[float] = "uniform",
 ) -> Callable[[int, int, int, int], int] | None:
@@ -33,6 +34,8 @@ def keeper(
         Of each of them: bytes of one slot in all heads of one row.
     least
         Slots below which a policy cannot work.
+    fixed
+        Bytes that a row takes besides its slots.
     of
         ``"prompt"`` or ``"total"``.
     layers
@@ -44,12 +47,12 @@ def keeper(
         raise InputError(
             f"{len(layers)} weights for {len(which)} layers with full attention", hint="pass one weight for each"
         )
-    if budget.kind == "coverage":
-        raise InputError("a coverage depends on the text", hint="choose slots per layer with by_mass, or pass a share")
     if not budget.value:
         raise InputError("a budget of 0 keeps nothing", hint="0.5 keeps half of the prompt")
-    if budget.kind == "share" and budget.value == 1.0:
+    if budget.kind in ("share", "coverage") and budget.value == 1.0:
         return None
+    if budget.kind == "coverage":  # each layer finds its own number from its votes
+        return lambda layer, tokens, planned, rows: tokens
     if budget.kind == "count" and budget.value < least:
         raise InputError(
             f"{int(budget.value)} slots do not hold the policy's sinks and latest tokens", hint=f"the least is {least}"
@@ -58,18 +61,19 @@ def keeper(
 
     @lru_cache(maxsize=1024)
     def spread(length: int, rows: int) -> tuple[int, ...]:
-        total = (
-            Budget("count", slots_for_bytes(budget, slot_bytes, rows, least=least))
-            if budget.kind == "bytes"
-            else budget
-        )
+        total = budget
+        if budget.kind == "bytes":
+            total = Budget("count", slots_for_bytes(budget, slot_bytes, rows, least=least, fixed=fixed))
         if not isinstance(layers, str):
-            slots = weighted(total, length, layers)
+            slots = weighted(total, length, layers, least=least)
         else:
-            slots = (pyramid if layers == "pyramid" else uniform)(total, length, len(which))
-        return tuple(max(least, k) for k in slots)
+            slots = (pyramid if layers == "pyramid" else uniform)(total, length, len(which), least=least)
+        return tuple(slots)
 
     def keep(layer: int, tokens: int, planned: int, rows: int) -> int:
-        return spread(tokens + planned if of == "total" else tokens, rows)[place[layer]]
+        length = tokens + planned if of == "total" else tokens
+        if budget.kind == "share" and uniform(budget, length, 1)[0] < least:
+            return tokens + 1  # too short to be chosen from
+        return spread(length, rows)[place[layer]]
 
     return keep

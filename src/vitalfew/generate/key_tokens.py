@@ -6,7 +6,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,9 @@ from vitalfew.core.budget import Budget
 from vitalfew.core.compare import Comparison
 from vitalfew.core.errors import InputError
 from vitalfew.core.receipt import Line, Receipt
-from vitalfew.generate.budgets import slot_bytes
-from vitalfew.generate.keeping import keeper
-from vitalfew.generate.policies import Policy, policy_named
-from vitalfew.generate.request import Plan
+from vitalfew.generate.planning import make_plan
+from vitalfew.generate.policies import Policy
+from vitalfew.generate.quant import Codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +84,9 @@ class KeyTokens:
         Rows shorter than this are left whole; they are chosen from when they reach it.
     seed
         Of noise and random choices. The same row gives the same text, whatever stands beside it in a batch.
+    codec
+        How the kept keys and values are coded: ``"int8"``, ``"int4"``, ``"fp8"`` or a `Codec`; None for the model's
+        own type. A prompt is attended to as it is, and coded when it has been chosen from.
     evict
         ``"end"`` to choose once a prompt is complete, ``"chunk"`` after each of its chunks, which bounds the peak.
 
@@ -128,36 +130,20 @@ class KeyTokens:
         min_length: int = 256,
         seed: int = 0,
         evict: Literal["end", "chunk"] = "end",
+        codec: str | Codec | None = None,
     ) -> None:
-        from vitalfew.generate import _transformers as host
-        from vitalfew.generate import _transformers_families as families
+        from vitalfew.generate._transformers_enabling import enable
 
         self.model = model
         self.budget = Budget.of(budget)
-        self.policy = policy_named(policy) if isinstance(policy, str) else policy
-        if recent is not None:
-            self.policy = replace(self.policy, recent=recent)
-        if of not in ("prompt", "total"):
-            raise InputError(f"of must be 'prompt' or 'total', got {of!r}", hint="a share is of the prompt by default")
-        if evict not in ("end", "chunk"):
-            raise InputError(f"evict must be 'end' or 'chunk', got {evict!r}", hint="'end' is the default")
-        if min_length < 0:
-            raise InputError(f"min_length must not be negative, got {min_length}", hint="0 evicts from any prompt")
-        families.check_model(model)
+        self._plan = make_plan(
+            model, self.budget, policy=policy, recent=recent, of=of, layers=layers, protect=protect, question=question,
+            min_length=min_length, seed=seed, evict=evict, codec=codec,
+        )  # fmt: skip
+        self.policy, self.codec = self._plan.policy, self._plan.codec
         self._config = model.config.get_text_config(decoder=True)
-        which = families.slot_layers(self._config)
-        keep = keeper(self.budget, which, self._slot_bytes(), least=self.policy.least(), of=of, layers=layers)
-        self._plan = Plan(
-            self.policy,
-            keep,
-            _voters(question),
-            tuple(_span(span) for span in protect),
-            min_length,
-            seed,
-            evict == "chunk",
-        )
         self.generations: list[Generation] = []
-        self._undo = host.enable(model)
+        self._undo = enable(model)
         self._generate: Callable[..., Any] | None = model.__dict__.get("generate")
         original = model.generate
         self._original = original
@@ -169,13 +155,6 @@ class KeyTokens:
 
         model.__dict__["generate"] = generate
         self._enabled = True
-
-    def _slot_bytes(self) -> list[int]:
-        """Return the bytes of one slot of one row in all heads, for each layer with full attention."""
-        from vitalfew.generate._transformers_families import head_shape, slot_layers
-
-        heads, key, value = head_shape(self._config)
-        return [heads * slot_bytes(key, value, self.model.dtype.itemsize)] * len(slot_layers(self._config))
 
     def cache(self, prompt: int | None = None, max_new_tokens: int | None = None) -> SlotCache:
         """Return a fresh cache for ``generate`` or for calls of the model itself.
@@ -220,10 +199,18 @@ class KeyTokens:
         if planned is None:
             most = given.get("max_length") or getattr(config, "max_length", None)
             planned = most - prompt if most and most > prompt else 20
-        cache.expect(prompt, int(planned))
+        if prompt <= cache.length:
+            raise InputError(
+                f"generate() got {prompt} tokens, of which this cache holds {cache.length} already",
+                hint="pass the whole conversation, or its new tokens with an attention_mask over all of it",
+            )
+        # One token more is the last of a generation that ended, which goes on as if it had not.
+        if prompt > cache.length + 1 or not cache.length:
+            cache.expect(prompt, int(planned))
         start = time.perf_counter()
         with settled(cache):
             out = self._original(*args, **kwargs)
+        cache.request.check_sound()
         self.generations.append(_generation(cache, prompt, start, time.perf_counter()))
         return out
 
@@ -291,7 +278,7 @@ def _generation(cache: SlotCache, prompt: int, start: float, end: float) -> Gene
     slots = [layer.slots for layer in layers if layer.slots is not None]
     rows = len(slots[0].counts) if slots else 0
     full = sum(
-        rows * cache.length * heads * (s.keys.shape[-1] + s.values.shape[-1]) * s.keys.element_size()
+        rows * cache.length * heads * sum(s.sizes) * s.dtype.itemsize
         for s in slots
         for heads in (s.keys.shape[1],)
     )
@@ -309,21 +296,3 @@ def _prompt_length(given: dict[str, Any]) -> int:
     embeds = given.get("inputs_embeds")
     lengths = [t.shape[1] for t in (mask, ids, embeds) if isinstance(t, torch.Tensor) and t.ndim >= 2]
     return max(lengths, default=1)
-
-
-def _voters(question: int | slice | None) -> int | None:
-    if question is None or isinstance(question, int):
-        count = question
-    elif question.stop is None and question.step is None and isinstance(question.start, int) and question.start < 0:
-        count = -question.start
-    else:
-        raise InputError(f"the question must end the prompt, got {question}", hint="pass slice(-32, None), or 32")
-    if count is not None and count < 1:
-        raise InputError(f"a question has at least one token, got {count}", hint="pass None for none")
-    return count
-
-
-def _span(span: slice) -> slice:
-    if not isinstance(span, slice) or span.step not in (None, 1):
-        raise InputError(f"a protected span is a slice of tokens, got {span!r}", hint="pass slice(0, 40)")
-    return span

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["POOL", "Noise", "exponential", "gumbel", "gumbels", "hashed", "inverses"]
+__all__ = ["POOL", "Noise", "exponential", "gumbel", "gumbel_table", "gumbels", "hashed", "inverses"]
 
 POOL = 1 << 16
 """Draws in the pool of a seed."""
@@ -82,9 +82,14 @@ def _inverses(seed: int, device: torch.device, turns: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
+def gumbel_table(seed: int, device: torch.device) -> torch.Tensor:
+    """Return minus the logarithm of the pool of a seed: the same numbers on all devices."""
+    return -_pool(seed, torch.device("cpu")).log().to(device)
+
+
 def gumbels(seed: int) -> npt.NDArray[np.float32]:
-    """Return minus the logarithm of the pool of a seed."""
-    draws: npt.NDArray[np.float32] = -_pool(seed, torch.device("cpu")).log().numpy()
+    """Return the pool's Gumbel draws on the CPU, as an array."""
+    draws: npt.NDArray[np.float32] = gumbel_table(seed, torch.device("cpu")).numpy()
     return draws
 
 

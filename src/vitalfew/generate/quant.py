@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate import _kernels_coded
 
-__all__ = ["CODECS", "Codec", "Fp8", "Int4", "Int8", "codec_named", "hadamard"]
+__all__ = ["CODECS", "Codec", "Fp8", "Int4", "Int8", "codec_named", "hadamard", "turn"]
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 _SCALE = torch.float16
@@ -46,12 +47,21 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     if not _turns(size):
         raise InputError(f"a Hadamard matrix has a power of two of columns, got {size}", hint="leave such sizes as is")
     shape, width = x.shape, 1
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        turned = x.detach().clone(memory_format=torch.contiguous_format)
+        _kernels_coded.turn(turned.view(-1, size).numpy())
+        return turned
     while width < size:
         pairs = x.reshape(*shape[:-1], -1, 2, width)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((first + second, first - second), -2)
         width *= 2
     return x.reshape(shape) * (1 / math.sqrt(size))
+
+
+def turn(x: torch.Tensor) -> torch.Tensor:
+    """Return what codecs code, and its own inverse: `hadamard` where the size is a power of two, else the same."""
+    return hadamard(x) if _turns(x.shape[-1]) else x
 
 
 def _turns(size: int) -> bool:
@@ -95,7 +105,7 @@ class Codec(ABC):
             If a value is not finite, or too large for a scale in float16.
         """
         size = x.shape[-1]
-        turned = hadamard(x.float()) if _turns(size) else x.float()
+        turned = turn(x.float())
         groups = turned.reshape(*x.shape[:-1], -1, self.group(size))
         scale = (self._extreme(groups) / self.largest).to(_SCALE)
         if not bool(torch.isfinite(scale).all()):
@@ -124,9 +134,8 @@ class Codec(ABC):
         if dtype not in (torch.float32, torch.float64):
             return self.decode(parts, torch.float32, turned=turned).to(dtype)
         values = self._from_codes(codes, dtype)
-        size = values.shape[-1]
         values = (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1).to(dtype)).reshape(values.shape)
-        return values if turned or not _turns(size) else hadamard(values)
+        return values if turned else turn(values)
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ class Int8(Codec):
         return scaled.round().clamp_(-127, 127).to(torch.int8)
 
     def _from_codes(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return codes.to(dtype)
+        return codes.view(torch.int8).to(dtype)
 
 
 @dataclass(frozen=True)

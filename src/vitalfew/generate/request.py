@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from vitalfew.core.errors import InputError
 from vitalfew.generate.policies import Policy
+from vitalfew.generate.quant import Codec
+
+if TYPE_CHECKING:
+    from vitalfew.generate.steady import Clock
 
 __all__ = ["NewTokens", "Plan", "Request"]
 
@@ -33,6 +38,10 @@ class Plan:
         Of the noise and of random choices.
     each_chunk
         Choose after each chunk of the prompt, not only after the last.
+    mass
+        Instead of what `keep` says: the fewest slots per layer that keep this share of the prompt's votes.
+    codec
+        Of kept keys and values; None for the model's own type.
     """
 
     policy: Policy
@@ -42,6 +51,8 @@ class Plan:
     min_length: int = 0
     seed: int = 0
     each_chunk: bool = False
+    mass: float | None = None
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,10 @@ class Request:
         The clock (``time.perf_counter``) when the last layer had attended to the prompt.
     room
         Per layer: slots to have memory for, once the prompt has been chosen from.
+    clock
+        Where tokens stand while all rows are full and steps may be captured.
+    sound
+        Whether all outputs were finite that have not been looked at, so that no step waits for a GPU.
     """
 
     plan: Plan
@@ -78,6 +93,8 @@ class Request:
     recording: bool = False
     prompt_done: float = 0.0
     room: Mapping[int, int] = field(default_factory=dict)
+    clock: Clock | None = None
+    sound: torch.Tensor | None = None
     _memo: tuple[object, int, int, tuple[int, ...], NewTokens] | None = field(default=None, repr=False)
 
     def of_prompt(self, length: int, count: int) -> int:
@@ -89,6 +106,18 @@ class Request:
     def temperature(self, step: int, counts: Sequence[int]) -> torch.Tensor | float:
         """Return what divides the logits of votes so many steps after the prompt, per row ``(B,)`` or one for all."""
         return self.plan.policy.temperature(step, self.planned)
+
+    def note(self, finite: torch.Tensor) -> None:
+        """Remember whether an output was finite, for `check_sound`."""
+        if self.sound is None:
+            self.sound = torch.ones_like(finite)
+        self.sound.logical_and_(finite)
+
+    def check_sound(self) -> None:
+        """Raise if an output was not finite; waits for the device."""
+        sound, self.sound = self.sound, None
+        if sound is not None and not bool(sound):
+            raise InputError("a layer gave an output that is not finite", hint="check the model's inputs")
 
     def new_tokens(
         self, mask: torch.Tensor | None, length: int, count: int, counts: Sequence[int], device: torch.device

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from vitalfew.core.errors import InputError
+from vitalfew.core.errors import InputError, need
 from vitalfew.generate import _kernels_numba, _kernels_reference
 from vitalfew.generate._blocks import attend_head, bend, of_heads, padding_of, voting
 from vitalfew.generate.noise import Noise, gumbels
 
-__all__ = ["Logits", "Votes", "attend_masked", "attend_prompt", "attend_slots", "later_votes", "vote_and_mark"]
+__all__ = [
+    "Logits", "Votes", "attend_masked", "attend_prompt", "attend_slots", "later_votes", "on_gpu", "vote_and_mark",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ def attend_prompt(
         first, made = count - votes.voters, None
     else:
         out = made = query.new_zeros((rows, count, all_heads, values.shape[-1]))
+    if on_gpu(query):
+        from vitalfew.generate import _kernels_triton_prompt as gpu
+
+        late, got = gpu.attend_and_vote(
+            query[:, :, first:], keys, values, form, key_pos, query_pos[:, first:],
+            None if weights is None else weights[:, first:], votes, causal,
+        )  # fmt: skip
+        return (out if made is None else late), (cast if got is None else got)
     for row in range(rows):
         padding = 0 if causal else padding_of(key_pos[row], query_pos[row])
         for head in range(heads):
@@ -164,6 +174,11 @@ def attend_slots(
     rows, all_heads, _, d = query.shape
     heads, slots, width = keys.shape[1], keys.shape[2], values.shape[-1]
     q = query.reshape(rows, heads, -1, d)
+    if on_gpu(query):
+        from vitalfew.generate import _kernels_triton as gpu
+
+        out, logits = gpu.attend(q, keys, values, pos, query_pos, form.scale, form.softcap, form.slopes, form.sinks)
+        return out.reshape(rows, 1, all_heads, width), logits
     tables = _tables(keys, values) if query.device.type == "cpu" and keys.dtype == torch.float32 else None
     if tables is None:
         out, logits = _kernels_reference.attend(
@@ -181,11 +196,18 @@ def attend_slots(
     return out, logits
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Return whether Triton's kernels are to be used."""
+    return tensor.device.type == "cuda" and bool(need("triton"))
+
+
 _NONE = np.empty(0, np.float32)
 
 
 def _tables(*tensors: torch.Tensor) -> list[tuple[Any, tuple[int, int, int]]] | None:
     """Return each tensor (B, H, C, d) as a table of its rows, with the steps between them; None if it is no such."""
+    if torch.compiler.is_compiling():  # which would lose what a kernel writes; it compiles the twin instead
+        return None
     found = []
     for tensor in tensors:
         d, (*steps, inner) = tensor.shape[-1], tensor.stride()
@@ -248,7 +270,11 @@ def vote_and_mark(
     >>> vote_and_mark(score, torch.tensor([[[[0.0, 2.0]]]]), 1.0, None, at, torch.tensor([6]), recent=0)
     tensor([[0]])
     """
-    if score.device.type != "cpu":
+    if on_gpu(score):
+        from vitalfew.generate import _kernels_triton as gpu
+
+        return gpu.vote_and_mark(score, logits, tau, noise, pos, query_pos, recent)
+    if score.device.type != "cpu" or torch.compiler.is_compiling():
         return _kernels_reference.vote_and_mark(score, logits, tau, noise, pos, query_pos, recent)
     rows, heads = logits.shape[:2]
     draws, key = (_NONE, 0) if noise is None else (gumbels(noise.seed), noise.key)

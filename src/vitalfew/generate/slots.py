@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from vitalfew.core.errors import InputError
+from vitalfew.generate.packed import Packed, pack
+from vitalfew.generate.quant import Codec
+from vitalfew.generate.scores import on_gpu
+
 __all__ = ["Slots"]
 
 _BLOCK = 64
@@ -43,7 +48,7 @@ class Slots:
     Attributes
     ----------
     keys, values
-        Shape ``(B, H, C, d)``, allocated once the prompt has been chosen from.
+        Shape ``(B, H, C, d)``, allocated once the prompt has been chosen from; with a codec, ``(B, H, C, bytes)``.
     pos
         Shape ``(B, H, C)``, int32: a token's own position in its row (padding is not counted), -1 in an empty slot.
     score
@@ -52,18 +57,29 @@ class Slots:
         Shape ``(B, H)``, int64: the slot that the next token takes in a row that is full.
     counts, filled, caps
         Per row: tokens seen, slots in use, slots it may use (None: as many as it needs).
+    codec, dtype, sizes
+        How keys and values are coded (None: not at all), their own type, and the channels of a key and of a value.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec | None = None) -> None:
         rows, heads = keys.shape[:2]
-        self.keys = keys.new_empty((rows, heads, 0, keys.shape[-1]))
-        self.values = values.new_empty((rows, heads, 0, values.shape[-1]))
+        self.codec, self.dtype, self.sizes = codec, keys.dtype, (keys.shape[-1], values.shape[-1])
+        self.keys, self.values = (
+            keys.new_empty((rows, heads, 0, d)) if codec is None
+            else keys.new_empty((rows, heads, 0, codec.nbytes(d)), dtype=torch.uint8)
+            for d in self.sizes
+        )  # fmt: skip
+        # Of a prompt that goes on: its queries see what its tokens are, not what is kept of them.
+        self._exact: tuple[torch.Tensor, torch.Tensor] | None = None
         self.pos = torch.empty((rows, heads, 0), dtype=torch.int32, device=keys.device)
         self.score = torch.empty((rows, heads, 0), dtype=torch.float32, device=keys.device)
         self.marked = torch.zeros((rows, heads), dtype=torch.int64, device=keys.device)
         self.counts, self.filled = [0] * rows, [0] * rows
         self.caps: list[int | None] = [None] * rows
         self._log: list[_Step] = []
+
+    def _coded(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.codec is None else pack(x, self.codec)
 
     @property
     def used(self) -> int:
@@ -73,28 +89,60 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, scores and marks of all slots, used or not."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.pos, self.score, self.marked))
+        held = (self.keys, self.values, self.pos, self.score, self.marked, *(self._exact or ()))
+        return sum(t.numel() * t.element_size() for t in held)
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def view(self) -> tuple[torch.Tensor | Packed, torch.Tensor | Packed, torch.Tensor]:
         """Return keys, values and positions of the slots in use."""
         used = self.used
-        return self.keys[:, :, :used], self.values[:, :, :used], self.pos[:, :, :used]
+        keys, values = self.keys[:, :, :used], self.values[:, :, :used]
+        if self.codec is None:
+            return keys, values, self.pos[:, :, :used]
+        return Packed(keys, self.codec, self.sizes[0]), Packed(values, self.codec, self.sizes[1]), self.pos[:, :, :used]
+
+    def exact_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the same for the queries of a prompt: its own tokens as they are, what was coded before decoded."""
+        keys, values, pos = self.view()
+        return self._exactly(keys, 0), self._exactly(values, 1), pos
+
+    def _exactly(self, held: torch.Tensor | Packed, which: int) -> torch.Tensor:
+        if isinstance(held, torch.Tensor):
+            return held
+        if self._exact is None:
+            return held.decode(self.dtype)
+        exact = self._exact[which]
+        before = held.data.shape[2] - exact.shape[2]
+        return torch.cat((held.first(before).decode(self.dtype), exact), 2) if before else exact
+
+    def settle(self) -> None:
+        """End a prompt: from here on its tokens are what is kept of them."""
+        self._exact = None
 
     # The prompt
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, score: torch.Tensor) -> None:
         """Append tokens of the prompt, ``(B, H, n, d)``, padding included (with position -1)."""
         used = self.used
+        for row, fill in enumerate(self.filled):
+            # Many queries at once multiply what they do not see by 0, which what is no number would survive.
+            for tensor in (self.keys, self.values, self.score):
+                tensor[row, :, fill:used] = 0
         self.reserve(used + keys.shape[2], spare=True)
         end = used + keys.shape[2]
-        self.keys[:, :, used:end], self.values[:, :, used:end] = keys, values
+        self.keys[:, :, used:end], self.values[:, :, used:end] = self._coded(keys), self._coded(values)
+        if self.codec is not None:
+            both = (keys, values)
+            if self._exact is not None:
+                both = (torch.cat((self._exact[0], keys), 2), torch.cat((self._exact[1], values), 2))
+            self._exact = both
         self.pos[:, :, used:end], self.score[:, :, used:end] = pos, score
         self.filled = [end] * len(self.filled)
         self._log.clear()
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, score: torch.Tensor) -> None:
         """Hold just these tensors, each full to the last slot; nothing is copied."""
-        self.keys, self.values, self.pos, self.score = keys, values, pos, score
+        self.keys, self.values, self.pos, self.score = self._coded(keys), self._coded(values), pos, score
+        self._exact = None if self.codec is None else (keys, values)
         self.filled = [keys.shape[2]] * keys.shape[0]
         self._log.clear()
 
@@ -144,14 +192,12 @@ class Slots:
             self.reserve(need, spare=True)
             free = torch.tensor(self.filled, device=slot.device)[:, None]
             slot = torch.where(torch.tensor(growing, device=slot.device)[:, None], free, slot)
-        at = slot[:, :, None]
-        wide_k, wide_v = (at[..., None].expand(-1, -1, -1, t.shape[-1]) for t in (self.keys, self.values))
         self._log.append(
             _Step(
                 slot,
-                self.keys.gather(2, wide_k),
-                self.values.gather(2, wide_v),
-                self.pos.gather(2, at),
+                self.keys.gather(2, _wide(slot, self.keys)),
+                self.values.gather(2, _wide(slot, self.values)),
+                self.pos.gather(2, slot[:, :, None]),
                 self.score.clone(),
                 self.marked,
                 tuple(self.counts),
@@ -160,11 +206,25 @@ class Slots:
             )
         )
         del self._log[: max(0, len(self._log) - log)]
-        self.keys.scatter_(2, wide_k, key[:, :, None])
-        self.values.scatter_(2, wide_v, value[:, :, None])
+        self._put(slot, key, value, pos)
+        self.filled = [fill + grows for fill, grows in zip(self.filled, growing, strict=True)]
+
+    def overwrite(self, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor) -> None:
+        """Put one token per row into the marked slots of rows that are full; it cannot be taken back."""
+        self._put(self.marked, key, value, pos)
+
+    def _put(self, slot: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor) -> None:
+        key, value = self._coded(key), self._coded(value)
+        if on_gpu(self.keys) and self.codec is None:
+            from vitalfew.generate import _kernels_triton as gpu
+
+            gpu.write(self.keys, self.values, self.pos, self.score, slot, key, value, pos)
+            return
+        at = slot[:, :, None]
+        self.keys.scatter_(2, _wide(slot, self.keys), key[:, :, None])
+        self.values.scatter_(2, _wide(slot, self.values), value[:, :, None])
         self.pos.scatter_(2, at, pos.to(torch.int32)[:, None, None].expand_as(at))
         self.score.scatter_(2, at, 0.0)
-        self.filled = [fill + grows for fill, grows in zip(self.filled, growing, strict=True)]
 
     @property
     def undoable(self) -> int:
@@ -209,15 +269,46 @@ class Slots:
         self.filled = [self.filled[row] for row in order]
         self.caps = [self.caps[row] for row in order]
         self._log = [step.of_rows(order, at) for step in self._log]
+        if self._exact is not None:
+            self._exact = (self._exact[0].index_select(0, at), self._exact[1].index_select(0, at))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here."""
         tensors = {name: getattr(self, name).clone() for name in ("keys", "values", "pos", "score", "marked")}
-        return {**tensors, "counts": list(self.counts), "filled": list(self.filled), "caps": list(self.caps)}
+        if self._exact is not None:
+            tensors["exact_keys"], tensors["exact_values"] = (t.clone() for t in self._exact)
+        return {
+            **tensors, "counts": list(self.counts), "filled": list(self.filled), "caps": list(self.caps),
+            "codec": None if self.codec is None else self.codec.name, "dtype": str(self.dtype).removeprefix("torch."),
+            "sizes": list(self.sizes),
+        }  # fmt: skip
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], codec: Codec | None = None) -> Slots:
+        """Return slots that go on from a saved state."""
+        shape, dtype = (*state["keys"].shape[:2], 0), getattr(torch, state["dtype"])
+        none = [state["keys"].new_empty((*shape, size), dtype=dtype) for size in state["sizes"]]
+        slots = cls(none[0], none[1], codec)
+        slots.load_state_dict(state)
+        return slots
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
+        mine, its = None if self.codec is None else self.codec.name, state.get("codec")
+        if mine != its:
+            raise InputError(
+                f"the state's keys and values are coded as {its}, these slots' as {mine}",
+                hint="load it into a cache with the same codec",
+            )
         for name in ("keys", "values", "pos", "score", "marked"):
             setattr(self, name, state[name].to(self.keys.device, copy=True))
         self.counts, self.filled, self.caps = list(state["counts"]), list(state["filled"]), list(state["caps"])
+        self.dtype, self.sizes = getattr(torch, state["dtype"]), tuple(state["sizes"])
+        exact = [state[name].clone() for name in ("exact_keys", "exact_values") if name in state]
+        self._exact = (exact[0], exact[1]) if exact else None
         self._log.clear()
+
+
+def _wide(slot: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Return an index ``(B, H, 1, d)`` of one slot per row and head in keys or values."""
+    return slot[:, :, None, None].expand(-1, -1, 1, memory.shape[-1])

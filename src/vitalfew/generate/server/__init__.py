@@ -1,0 +1,3 @@
+"""Answer OpenAI-style requests with a fraction of the KV cache: rows of all lengths in one step, admitted by bytes."""
+
+__all__: list[str] = []

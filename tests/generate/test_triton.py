@@ -1,0 +1,368 @@
+"""The kernels for GPUs give what the CPU's give.
+
+Without a CUDA device the Triton kernels run in Triton's interpreter, and are compiled for one all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from vitalfew.generate import _kernels_reference as twin
+from vitalfew.generate import scores, slots
+from vitalfew.generate._blocks import voting
+from vitalfew.generate.key_tokens import KeyTokens
+from vitalfew.generate.noise import Noise, gumbel_table, gumbels
+from vitalfew.generate.scores import Logits, Votes, attend_prompt
+
+LOOSE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+NOISE = Noise(5, 2)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if not CUDA:
+            pytest.skip("no CUDA device")
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter was not asked for before triton was imported")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from vitalfew.generate import _kernels_triton
+
+    # Two processors, so that slots are shared out in pieces of several blocks.
+    monkeypatch.setattr(_kernels_triton, "_processors", lambda device: 2)
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        # The interpreter holds bfloat16 as bits, and would multiply these.
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    return torch.device("cpu")
+
+
+def forms(heads, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    slopes, sinks = torch.rand(heads, generator=g), torch.randn(heads, generator=g)
+    return {"plain": Logits(0.3), "all": Logits(0.3, 2.0, slopes, sinks), "sinks": Logits(0.3, sinks=sinks)}
+
+
+def put(form, device):
+    slopes, sinks = (None if each is None else each.to(device) for each in (form.slopes, form.sinks))
+    return Logits(form.scale, form.softcap, slopes, sinks)
+
+
+class Held:
+    """Slots in a larger memory, some of them empty, with what is no number in those."""
+
+    def __init__(self, capacity, d, group, dtype=torch.float32, *, rows=2, heads=2, out=None, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.query = (torch.randn(rows, heads, group, d, generator=g) * 2).to(dtype)
+        self.keys = torch.randn(rows, heads, capacity + 9, d, generator=g).to(dtype)[:, :, :capacity]
+        self.values = torch.randn(rows, heads, capacity + 9, out or d, generator=g).to(dtype)[:, :, :capacity]
+        length = 2 * capacity + 9
+        pos = torch.stack([torch.randperm(length, generator=g)[: capacity + 9] for _ in range(rows * heads)])
+        self.pos = pos.view(rows, heads, -1).to(torch.int32)[:, :, :capacity]
+        self.pos[:, :, 3 % capacity] = length
+        if capacity > 8:
+            self.pos[1, 0, capacity // 4 : capacity - 3] = -1  # whole blocks of it
+            self.pos[1, 1, capacity // 2 : capacity // 2 + 2] = -1
+        self.keys[self.pos < 0] = self.values[self.pos < 0] = torch.nan
+        self.query_pos = torch.full((rows,), length)
+        self.score = torch.rand(rows, heads, capacity + 9, generator=g)[:, :, :capacity]
+        self.score[:, :, 4 % capacity] = torch.inf
+
+    @property
+    def tensors(self):
+        return self.query, self.keys, self.values, self.pos, self.query_pos
+
+
+@pytest.mark.parametrize("form", ["plain", "all"])
+@pytest.mark.parametrize(
+    ("d", "group", "dtype"),
+    [
+        (64, 3, torch.float32), (80, 1, torch.float32), (96, 2, torch.float16), (128, 4, torch.bfloat16),
+        (128, 8, torch.float16), (256, 4, torch.float32), (256, 1, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_one_token_over_slots(device, d, group, dtype, form):
+    from vitalfew.generate import _kernels_triton as kernels
+
+    form = forms(2 * group)[form]
+    held = Held(200, d, group, dtype)
+    want, want_logits = twin.attend(
+        *(t.float() for t in held.tensors[:3]), *held.tensors[3:], form.scale, form.softcap, form.slopes, form.sinks
+    )
+    there = put(form, device)
+    out, logits = kernels.attend(
+        *(t.to(device) for t in held.tensors), there.scale, there.softcap, there.slopes, there.sinks
+    )
+    assert (out.dtype, logits.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(out.cpu().float(), want, rtol=LOOSE[dtype], atol=LOOSE[dtype])
+    torch.testing.assert_close(logits.cpu(), want_logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 63, 64, 65, 257])
+def test_numbers_of_slots(device, capacity):
+    from vitalfew.generate import _kernels_triton as kernels
+
+    held = Held(capacity, 64, 2, out=32)
+    want, want_logits = twin.attend(*held.tensors, 0.3, None, None, None)
+    out, logits = kernels.attend(*(t.to(device) for t in held.tensors), 0.3, None, None, None)
+    torch.testing.assert_close(out.cpu(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.cpu(), want_logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["", "noise"])
+@pytest.mark.parametrize("recent", [0, 1, 40, "rows"])
+@pytest.mark.parametrize(("group", "tau"), [(1, 1.0), (3, 1.6), (2, "rows")])
+def test_votes_and_the_next_slot(device, group, tau, recent, noise):
+    from vitalfew.generate import _kernels_triton as kernels
+
+    tau = torch.tensor([1.0, 1.7]) if tau == "rows" else tau
+    recent = torch.tensor([3, 60]) if recent == "rows" else recent
+    for seed in range(2):
+        held = Held(1500 if seed else 90, 8, group, seed=seed)
+        _, logits = twin.attend(*held.tensors, 0.3, None, None, None)
+        want = held.score.clone()
+        slot = twin.vote_and_mark(want, logits, tau, noise, held.pos, held.query_pos, recent)
+        wide = torch.zeros(2, 2, held.score.shape[2] + 5, device=device)
+        score = wide[:, :, :-5].copy_(held.score)
+        got = kernels.vote_and_mark(
+            score, logits.to(device), tau.to(device) if isinstance(tau, torch.Tensor) else tau, noise,
+            held.pos.to(device), held.query_pos.to(device),
+            recent.to(device) if isinstance(recent, torch.Tensor) else recent,
+        )  # fmt: skip
+        assert torch.equal(got.cpu(), slot)
+        live = held.pos >= 0
+        torch.testing.assert_close(score.cpu()[live], want[live], rtol=1e-5, atol=1e-6)
+        assert not wide[:, :, -5:].any()
+
+
+@pytest.mark.parametrize("protected", ["ties", "window", "all", "infinity"])
+def test_ties_go_to_the_oldest_and_protection_holds(device, protected):
+    from vitalfew.generate import _kernels_triton as kernels
+
+    held = Held(400, 8, 2)
+    logits = torch.zeros(2, 2, 2, 400).masked_fill(held.pos[:, :, None] < 0, -torch.inf)
+    held.score.zero_()
+    recent = 1000 if protected in ("window", "all") else 5
+    if protected in ("all", "infinity"):
+        held.score.fill_(torch.inf)
+    if protected == "all":
+        held.score[:, :, 7] = 1.0
+    want = twin.vote_and_mark(held.score.clone(), logits, 1.0, None, held.pos, held.query_pos, recent)
+    score = held.score.to(device)
+    got = kernels.vote_and_mark(
+        score, logits.to(device), 1.0, None, held.pos.to(device), held.query_pos.to(device), recent
+    )
+    assert torch.equal(got.cpu(), want)
+
+
+def prompt(kind, group, d, dtype, seed=0):
+    """Queries, keys, values and both positions of a prompt that stands alone, is padded, or follows slots."""
+    n, m = {"alone": (150, 150), "padded": (70, 70), "slots": (40, 170), "strewn": (5, 9)}[kind]
+    g = torch.Generator().manual_seed(seed)
+    query = (torch.randn(2, 2 * group, n, d, generator=g) * 2).to(dtype)
+    keys, values = (torch.randn(2, 2, m, d, generator=g).to(dtype) for _ in range(2))
+    query_pos = torch.arange(n).expand(2, -1).clone()
+    key_pos = torch.arange(m, dtype=torch.int32).expand(2, 2, -1).clone()
+    if kind == "padded":
+        query_pos[1] = (torch.arange(n) - 30).clamp(min=-1)
+        key_pos[1] = query_pos[1].int()
+    elif kind == "slots":
+        query_pos += 400
+        key_pos[:, :, : m - n] = torch.randperm(400, generator=g)[: m - n].int()
+        key_pos[:, :, m - n :] = query_pos[:, None].int()
+        key_pos[1, 0, 3:9] = -1
+    elif kind == "strewn":
+        key_pos[:] = torch.randperm(m, generator=g).int()
+        query_pos[:] = torch.randperm(m, generator=g)[:n]
+    return query, keys, values, key_pos, query_pos
+
+
+BALLOTS = [None, Votes(None), Votes(9), Votes(None, 1.5), Votes(None, 1.0, NOISE), Votes(20, 0.7, NOISE)]
+
+
+@pytest.mark.parametrize("kind", ["alone", "padded", "slots", "strewn"])
+@pytest.mark.parametrize(
+    ("votes", "form", "group", "d", "dtype"),
+    [
+        (None, "all", 2, 64, torch.float32), (Votes(None), "plain", 2, 80, torch.float32),
+        (Votes(9), "all", 1, 64, torch.float32), (Votes(None, 1.5), "sinks", 3, 64, torch.float16),
+        (Votes(None, 1.0, NOISE), "plain", 1, 64, torch.float32), (Votes(20, 0.7, NOISE), "all", 2, 64, torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_prompt(device, kind, votes, form, group, d, dtype):
+    from vitalfew.generate import _kernels_triton_prompt as kernels
+
+    query, keys, values, key_pos, query_pos = prompt(kind, group, d, dtype)
+    form = forms(2 * group)[form]
+    want, cast = attend_prompt(
+        query.float(), keys.float(), values.float(), form, key_pos, query_pos, votes, causal=kind == "alone"
+    )
+    keys[key_pos < 0] = values[key_pos < 0] = torch.nan
+    voices = None if votes is None else (voting(query_pos, votes.voters) / group).to(device)
+    tensors = (t.to(device) for t in (query, keys, values))
+    out, got = kernels.attend_and_vote(
+        *tensors, put(form, device), key_pos.to(device), query_pos.to(device), voices, votes, kind == "alone"
+    )
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.cpu().float(), want, rtol=LOOSE[dtype], atol=LOOSE[dtype])
+    if votes is None:
+        assert got is None
+    else:
+        torch.testing.assert_close(got.cpu(), cast, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_noise_on_every_device(device):
+    assert gumbel_table(3, device).cpu().numpy().tobytes() == gumbels(3).tobytes()
+
+
+def tiny():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("policy", ["keyformer-dynamic", "snapkv", "tova"])
+def test_generation(device, policy, monkeypatch):
+    """A padded batch through prompt, steps and beams, token for token what the CPU's kernels give."""
+    model, new = tiny(), 5
+    ids = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :7] = mask[1, :7] = 0
+    with KeyTokens(model, 0.5, policy=policy, min_length=0):
+        want = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    if device.type == "cpu":
+        for module in (scores, slots):
+            monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    model.to(device)
+    with KeyTokens(model, 0.5, policy=policy, min_length=0):
+        got = model.generate(
+            ids.to(device), attention_mask=mask.to(device), max_new_tokens=new, do_sample=False
+        )  # fmt: skip
+    assert torch.equal(got.cpu(), want)
+
+
+@torch.no_grad()
+def test_a_captured_step(device):
+    """Replayed, it gives the tokens of ordinary steps."""
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device can capture")
+    model, new = tiny().to(device), 12
+    ids = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    with KeyTokens(model, 0.5, policy="keyformer-dynamic", min_length=0) as few:
+        want = model.generate(ids, max_new_tokens=new, do_sample=False)[:, ids.shape[1] :]
+        cache = few.cache(prompt=ids.shape[1], max_new_tokens=new)
+        token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        got = [token.clone()]
+        with cache.steady() as clock:
+
+            def step():
+                out = model(token, position_ids=clock.pos[:, None], past_key_values=cache)
+                token.copy_(out.logits.argmax(-1))
+
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step()
+                    got.append(token.clone())
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            while len(got) < new:
+                graph.replay()
+                got.append(token.clone())
+        assert cache.length == ids.shape[1] + new - 1
+    assert torch.equal(torch.cat(got, 1), want)
+
+
+COMPILE = """
+import re, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vitalfew.generate import _kernels_triton as one, _kernels_triton_prompt as many
+
+FLOATS, LONG = {"scale", "softcap", "cool"}, {"query_pos", "recents", "marked", "new_pos"}
+INTS = {"pos", "key_pos", "ranks", "ages", "picks"}
+WIDE = {"slopes", "sinks", "logits", "top", "total", "part", "gumbel", "cools", "score", "scores", "sums", "voices", "cast"}
+HELD = {"query", "keys", "values", "out", "value"}
+
+def kind(name, stored, kernel):
+    if name in HELD or (name == "key" and kernel is one._write):
+        return stored
+    for names, letters in ((FLOATS, "fp32"), (LONG, "*i64"), (INTS, "*i32"), (WIDE, "*fp32")):
+        if name in names:
+            return letters
+    return "i32"
+
+def build(kernel, stored, constants, **options):
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else kind(name, stored, kernel) for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    # As a call finds them: pointers and steps of rows are multiples of 16.
+    even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name[1:2] == "_"]
+    known = {(i,): [["tt.divisibility", 16]] for i in even}
+    made = triton.compile(ASTSource(kernel, signature, places, known), target=GPUTarget("cuda", 90, 32), options=options)
+    assert made.metadata.shared <= 227 * 1024, (kernel.__name__, made.metadata.shared)
+    assert not re.search(r"\\b(atom|red)\\.", made.asm["ptx"])
+    return made.asm["ptx"]
+
+flags = ("CAPPED", "SLOPED", "SINKS", "NOISY", "SECOND", "COOLS", "WINDOWS")
+rest = {"ORDERED": True, "GROUP": 4, "LINES": 4, "TILE": 256, "SPLITS": 64}
+stored, dim, queries, keys, block = sys.argv[1], *map(int, sys.argv[2:])
+wide = triton.next_power_of_2(dim)
+for given in (True, False):
+    what = {**dict.fromkeys(flags, given), **rest, "DIM": dim, "WIDE": wide, "OUT": dim, "OUT_WIDE": wide}
+    ptx = build(one._attend, stored, {**what, "BLOCK": block}, num_warps=4, num_stages=3)
+    assert "cp.async" in ptx  # blocks are fetched ahead
+    tile = {"QUERIES": queries, "KEYS": keys}
+    for kernel in (many._attend, many._cast):
+        ptx = build(kernel, stored, {**what, **tile}, num_warps=8 if queries == 128 else 4)
+        assert "cp.async" in ptx
+        assert ("wgmma" in ptx) == (stored != "*fp32")  # products run on tensor cores
+    for kernel in (one._combine, one._write, one._ballot, one._vote, one._mark):
+        build(kernel, stored, what)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    ["*bf16 128 128 64 64", "*fp16 80 128 64 64", "*bf16 256 64 32 32", "*fp32 64 32 32 64", "*fp32 256 16 16 32"],
+)
+def test_kernels_compile_for_hopper(tmp_path, arguments, device):
+    if device.type == "cuda":
+        pytest.skip("once is enough")
+    (tmp_path / "build.py").write_text(COMPILE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "build.py"), *arguments.split()],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
