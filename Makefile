@@ -10,14 +10,18 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fast slow docs bench clean
+.PHONY: help demo demo-generate test check fast slow docs bench clean
 
 help:  ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Train both ways on real flights, in pairs, and leave a receipt in runs/demo
 	@echo "== demo"
 	$(BIN)/vitalfew demo
+
+demo-generate: $(VENV)/.demo  ## Follow real text with half and a fifth of the KV cache; downloads a small model (93 MB) once
+	@echo "== demo-generate"
+	$(BIN)/vitalfew demo generate
 
 test: check fast slow docs  ## Run every check, every test, and build the documentation
 	@echo "== all passed"

@@ -27,3 +27,16 @@ def models(session: nox.Session) -> None:
     session.install("--no-deps", "torch-rechub==0.9.0", "deepctr-torch==0.3.0")
     session.install("--no-deps", "-e", ".")
     session.run("python", "tests/embeddings/peer_models.py")
+
+
+@nox.session
+def kvpress(session: nox.Session) -> None:
+    """Compare our policies with kvpress' of the same names, which needs an older transformers: two environments."""
+    peer = session.create_tmp() + "/peer"
+    session.run("python", "-m", "venv", peer)
+    theirs = f"{peer}/bin/python"
+    wanted = ("torch==2.13.0", "transformers==5.2.0", "kvpress==0.5.5")
+    session.run(theirs, "-m", "pip", "install", "--quiet", *wanted, external=True)
+    session.install("-c", "constraints.txt", "-e", ".[generate,sample]")
+    # It exits with 1 where ours is worse, and says in what.
+    session.run("python", "benchmarks/generate/peers.py", "--peer", theirs, *session.posargs, success_codes=[0, 1])

@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import figures_generate
+
 from vitalfew.core import Receipt
 from vitalfew.core.files import read_document, write_text
 from vitalfew.report.charts import ladder_chart, pairs_chart, slices_chart
@@ -65,7 +67,8 @@ def placed(chart: str, x: float, y: float) -> tuple[str, float]:
 
 def machine_of(environment: Mapping[str, Any]) -> str:
     """Return the machine in a few words."""
-    return f"{environment['usable_cores']:g} cores ({environment['cpu']}), PyTorch {environment['packages']['torch']}"
+    cores = f"{environment['usable_cores']:g} cores ({environment['cpu']})"
+    return ", ".join((cores, *environment["gpus"], f"PyTorch {environment['packages']['torch']}"))
 
 
 def picture(receipt: Receipt) -> str:
@@ -335,6 +338,30 @@ def break_even(body: Mapping[str, Any]) -> str:
     return chart.replace("<title>", f"<style>{style()}</style><title>", 1) + "\n"
 
 
+def split_table(body: Mapping[str, Any]) -> str:
+    """Return by grid point what splitting and reading ahead gained, and whether the trial foretold the sign."""
+    points = body["results"]["points"]
+    rows = [
+        f"| {at['rows below'].replace('remote', 'process, ms away:')} | {at['width']} | {at['popular share']:.0%} "
+        f"| {at['base ms']:.1f} ms | {at['split over base']:.2f}x | {at['base ms'] / at['prefetch ms']:.2f}x "
+        f"| {at['gathering hidden']:.0%} | {'tie' if at['a tie'] else 'yes' if at['sign as foretold'] else 'no'} |"
+        for at in points
+    ]
+    best = sum(at["split over base"] > max(1.0, at["base ms"] / at["prefetch ms"]) for at in points)
+    return "\n".join(
+        (
+            f"Measured on {machine_of(body['machine'])}; medians of paired steps. The trial foretold the sign in",
+            f"{body['results']['sign as foretold']:.0%} of {len(points)} points; ways within 3 % are a tie, and count.",
+            f"Splitting was faster than both others in {best} of them.",
+            "",
+            "| rows below | width | popular | whole batches | split | read ahead | gathering hidden | foretold |",
+            "| --- | --: | --: | --: | --: | --: | --: | --- |",
+            *rows,
+            "",
+        )
+    )
+
+
 def drift_table(body: Mapping[str, Any]) -> str:
     """Return AUC, log loss, parameters and step time of each model."""
     rows = []
@@ -371,7 +398,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "foretold": foretold_table,
     "stale_rows": stale_rows_table,
     "drift": drift_table,
+    "split": split_table,
 }
+for _name, _table in figures_generate.TABLES.items():
+    TABLES[_name] = lambda body, table=_table: table(body, machine_of(body["machine"]))
 
 
 def updated(page: str, receipt: Receipt | None = None) -> str:

@@ -83,7 +83,7 @@ def check_console(block: str, folder: Path, where: str) -> None:
 
 
 def check_bash(block: str, where: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for target in re.findall(r"^make +([^#\s]+)", block, re.MULTILINE):
         assert target in targets, f"{where}: there is no target {target!r}"
 

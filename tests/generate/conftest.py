@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -8,6 +10,9 @@ import torch
 from hypothesis import settings
 
 from vitalfew.core import InputError
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # for test_triton; read when triton is imported, which transformers does
 
 settings.register_profile("generate", deadline=None, derandomize=True, database=None)
 settings.load_profile("generate")

@@ -37,7 +37,8 @@ def coded(x: torch.Tensor, codec: Codec) -> Packed:
 @each
 @given(
     seed=st.integers(0, 10**6), rows=st.integers(1, 3), heads=st.integers(1, 3), group=st.integers(1, 4),
-    slots=st.integers(1, 70), sizes=st.sampled_from([(64, 64), (8, 16), (80, 80), (128, 64), (24, 40)]), bent=st.booleans(),
+    slots=st.integers(1, 70), sizes=st.sampled_from([(64, 64), (8, 16), (80, 80), (128, 64), (24, 40)]),
+    bent=st.booleans(),
 )  # fmt: skip
 def test_attention_is_that_of_the_decoded_slots(
     codec: Codec, seed: int, rows: int, heads: int, group: int, slots: int, sizes: tuple[int, int], bent: bool
@@ -70,9 +71,7 @@ def test_more_slots_than_a_block(codec: Codec) -> None:
     pos, at, form = torch.arange(1100, dtype=torch.int32).repeat(1, 2, 1), torch.tensor([1100]), Logits(0.125)
     # Views of a larger memory, as slots are.
     keys, values = (Packed(pack(x, codec)[:, :, :1099], codec, 64) for x in (k, v))
-    expected = attend_slots(
-        q, keys.decode(torch.float32), values.decode(torch.float32), form, pos[..., :1099], at
-    )
+    expected = attend_slots(q, keys.decode(torch.float32), values.decode(torch.float32), form, pos[..., :1099], at)
     torch.testing.assert_close(attend_held(q, keys, values, form, pos[..., :1099], at), expected, rtol=1e-5, atol=1e-6)
     half = attend_held(q.bfloat16(), keys, values, form, pos[..., :1099], at)[0]
     assert half.dtype == torch.bfloat16

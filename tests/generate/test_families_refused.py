@@ -11,7 +11,8 @@ import transformers
 from transformers import DynamicCache
 
 from vitalfew.core.errors import InputError
-from vitalfew.generate._transformers_families import SEEN, head_shape, position_limit, supported
+from vitalfew.generate._transformers_families import head_shape, position_limit, supported
+from vitalfew.generate.families import ADAPTED, SEEN
 from vitalfew.generate.key_tokens import KeyTokens
 
 from .families import FAMILIES, make, padded
@@ -186,6 +187,8 @@ def test_computed_positions_have_no_end() -> None:
 
 
 def test_what_is_served() -> None:
+    tried = {getattr(transformers, kind)(**settings).model_type for kind, settings in FAMILIES.values()}
+    assert tried == {*SEEN, *ADAPTED}
     for kind, settings in FAMILIES.values():
         config = getattr(transformers, kind)(**settings)
         how = supported(config)

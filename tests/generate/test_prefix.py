@@ -38,9 +38,13 @@ def text(count: int = 60, *, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def state_of(cache: Any, row: int) -> list[torch.Tensor]:
-    """Return all that a row of a cache holds."""
-    state = [layer.evicting.state_dict() for layer in cache.slot_layers]
-    return [one[name][row] for one in state for name in ("keys", "values", "pos", "score", "marked")]
+    """Return all that a row of a cache holds, but not what lies in slots without a token."""
+    found = []
+    for layer in cache.slot_layers:
+        state = layer.evicting.state_dict()
+        live = state["pos"][row] >= 0
+        found += [state[name][row][live] for name in ("pos", "keys", "values", "score")]
+    return found
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -56,8 +60,10 @@ def test_forks_are_separate_runs(how: dict[str, Any]) -> None:
             assert model.generate(ids, past_key_values=cache, **GREEDY)[0].equal(together[row])
             for one, many in zip(state_of(cache, 0), state_of(asked["past_key_values"], row), strict=True):
                 assert one.shape == many.shape
-                close = one.float() - many.float() if one.dtype != torch.uint8 else torch.zeros(1)
-                assert close.nan_to_num().abs().max() < 1e-4  # sums over rows may be done in another order
+                if one.dtype == torch.float32:  # sums over rows may be done in another order
+                    torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
+                elif one.dtype == torch.int32:
+                    assert one.equal(many)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -82,15 +88,15 @@ def test_a_fork_is_the_run_that_read_the_text(how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gptj", "mpt-6", "bloom", "falcon-alibi"])
 def test_questions_of_any_length_as_whole_texts_or_alone(name: str) -> None:
-    model = make(name)
+    model, step = make(name), 0 if name == "gemma3" else 2
     prefix = compress(model, text(), budget=0.5)
-    questions, mask = padded(3, 9, step=2, seed=4)
+    questions, mask = padded(3, 9, step=step, seed=4)
     with prefix.serve(model):
         whole = model.generate(**prefix.followed_by(questions, mask), **GREEDY)
         asked = prefix.followed_by(questions, mask) | {"input_ids": questions}
         assert model.generate(**asked, **GREEDY)[:, 9:].equal(whole[:, 69:])
         for row in range(3):
-            alone = model.generate(**prefix.followed_by(questions[row : row + 1, 2 * row :]), **GREEDY)
+            alone = model.generate(**prefix.followed_by(questions[row : row + 1, step * row :]), **GREEDY)
             assert alone[0, -12:].equal(whole[row, -12:])
 
 
@@ -98,7 +104,7 @@ def test_beams_and_a_second_question() -> None:
     model, question = make("llama"), text(7, seed=4)
     prefix = compress(model, text(), budget=0.5)
     with prefix.serve(model):
-        whole = model.generate(**prefix.followed_by(question), num_beams=3, **GREEDY)
+        whole = model.generate(**prefix.followed_by(question, each=3), num_beams=3, **GREEDY)
         assert whole.shape == (1, 79)
         cache = prefix.fork()
         said = model.generate(torch.cat((text(), question), 1), past_key_values=cache, **GREEDY)
@@ -264,6 +270,8 @@ def test_bad_inputs(refuses: Callable[..., Any]) -> None:
         with refuses("2"):
             model.generate(torch.cat((text(), text(7)), 1).repeat(2, 1), past_key_values=prefix.fork(3), **GREEDY)
     assert model.config._attn_implementation == "sdpa"
+    with refuses("windows"):
+        compress(make("gemma3"), text()).followed_by(*padded(2, 7))
 
 
 @pytest.mark.parametrize("policy", ["keyformer-dynamic", "tova", "random"])

@@ -213,8 +213,15 @@ def test_bad_messages(server: tuple[Serving, str], messages: Any) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"[1]", b'{"model": NaN}', b"\xff\xfe", b"[" * 9000, b'{"model": "\xed\xa0\x80"}',
-        b'{"a": "\\ud800"}', b"null",
+        b"",
+        b"{",
+        b"[1]",
+        b'{"model": NaN}',
+        b"\xff\xfe",
+        b"[" * 9000,
+        b'{"model": "\xed\xa0\x80"}',
+        b'{"a": "\\ud800"}',
+        b"null",
     ],
 )
 def test_bad_json(server: tuple[Serving, str], body: bytes) -> None:
@@ -287,7 +294,8 @@ def test_a_killed_client_frees_its_slots(server: tuple[Serving, str], stream: bo
     with socket.create_connection((host, int(port))) as raw:
         raw.sendall(
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         until(url, rows=3)
     until(url, rows=0, kv_bytes=0, kv_bytes_reserved=0)

@@ -12,12 +12,6 @@ import sys
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
-pytest.importorskip("triton", reason="triton is not installed")
-
 from vitalfew.generate import _kernels_reference as twin
 from vitalfew.generate import scores, slots
 from vitalfew.generate._blocks import voting
@@ -25,12 +19,15 @@ from vitalfew.generate.key_tokens import KeyTokens
 from vitalfew.generate.noise import Noise, gumbel_table, gumbels
 from vitalfew.generate.scores import Logits, Votes, attend_prompt
 
+CUDA = torch.cuda.is_available()
+
 LOOSE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NOISE = Noise(5, 2)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
 def device(request, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
     if request.param == "cuda":
         if not CUDA:
             pytest.skip("no CUDA device")
@@ -103,7 +100,7 @@ def test_one_token_over_slots(device, d, group, dtype, form):
     from vitalfew.generate import _kernels_triton as kernels
 
     form = forms(2 * group)[form]
-    held = Held(200, d, group, dtype)
+    held = Held(140, d, group, dtype)
     want, want_logits = twin.attend(
         *(t.float() for t in held.tensors[:3]), *held.tensors[3:], form.scale, form.softcap, form.slopes, form.sinks
     )
@@ -116,7 +113,7 @@ def test_one_token_over_slots(device, d, group, dtype, form):
     torch.testing.assert_close(logits.cpu(), want_logits, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 63, 64, 65, 257])
+@pytest.mark.parametrize("capacity", [1, 64, 65, 257])
 def test_numbers_of_slots(device, capacity):
     from vitalfew.generate import _kernels_triton as kernels
 
@@ -131,12 +128,12 @@ def test_numbers_of_slots(device, capacity):
 @pytest.mark.parametrize("recent", [0, 1, 40, "rows"])
 @pytest.mark.parametrize(("group", "tau"), [(1, 1.0), (3, 1.6), (2, "rows")])
 def test_votes_and_the_next_slot(device, group, tau, recent, noise):
-    from vitalfew.generate import _kernels_triton as kernels
+    from vitalfew.generate import _kernels_triton_votes as kernels
 
     tau = torch.tensor([1.0, 1.7]) if tau == "rows" else tau
     recent = torch.tensor([3, 60]) if recent == "rows" else recent
     for seed in range(2):
-        held = Held(1500 if seed else 90, 8, group, seed=seed)
+        held = Held(1100 if seed else 90, 8, group, seed=seed)
         _, logits = twin.attend(*held.tensors, 0.3, None, None, None)
         want = held.score.clone()
         slot = twin.vote_and_mark(want, logits, tau, noise, held.pos, held.query_pos, recent)
@@ -155,7 +152,7 @@ def test_votes_and_the_next_slot(device, group, tau, recent, noise):
 
 @pytest.mark.parametrize("protected", ["ties", "window", "all", "infinity"])
 def test_ties_go_to_the_oldest_and_protection_holds(device, protected):
-    from vitalfew.generate import _kernels_triton as kernels
+    from vitalfew.generate import _kernels_triton_votes as kernels
 
     held = Held(400, 8, 2)
     logits = torch.zeros(2, 2, 2, 400).masked_fill(held.pos[:, :, None] < 0, -torch.inf)
@@ -175,7 +172,7 @@ def test_ties_go_to_the_oldest_and_protection_holds(device, protected):
 
 def prompt(kind, group, d, dtype, seed=0):
     """Queries, keys, values and both positions of a prompt that stands alone, is padded, or follows slots."""
-    n, m = {"alone": (150, 150), "padded": (70, 70), "slots": (40, 170), "strewn": (5, 9)}[kind]
+    n, m = {"alone": (70, 70), "padded": (50, 50), "slots": (40, 100), "strewn": (5, 9)}[kind]
     g = torch.Generator().manual_seed(seed)
     query = (torch.randn(2, 2 * group, n, d, generator=g) * 2).to(dtype)
     keys, values = (torch.randn(2, 2, m, d, generator=g).to(dtype) for _ in range(2))
@@ -245,11 +242,13 @@ def tiny():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("policy", ["keyformer-dynamic", "snapkv", "tova"])
+@pytest.mark.parametrize(
+    "policy", ["keyformer-dynamic", *(pytest.param(n, marks=pytest.mark.slow) for n in ("snapkv", "tova"))]
+)
 def test_generation(device, policy, monkeypatch):
     """A padded batch through prompt, steps and beams, token for token what the CPU's kernels give."""
-    model, new = tiny(), 5
-    ids = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    model, new = tiny(), 4
+    ids = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     ids[1, :7] = mask[1, :7] = 0
     with KeyTokens(model, 0.5, policy=policy, min_length=0):
@@ -304,11 +303,12 @@ COMPILE = """
 import re, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vitalfew.generate import _kernels_triton as one, _kernels_triton_prompt as many
+from vitalfew.generate import _kernels_triton as one, _kernels_triton_prompt as many, _kernels_triton_votes as votes
 
 FLOATS, LONG = {"scale", "softcap", "cool"}, {"query_pos", "recents", "marked", "new_pos"}
 INTS = {"pos", "key_pos", "ranks", "ages", "picks"}
-WIDE = {"slopes", "sinks", "logits", "top", "total", "part", "gumbel", "cools", "score", "scores", "sums", "voices", "cast"}
+WIDE = {"slopes", "sinks", "logits", "top", "total", "part", "gumbel", "cools", "score", "scores", "sums"}
+WIDE |= {"voices", "cast"}
 HELD = {"query", "keys", "values", "out", "value"}
 
 def kind(name, stored, kernel):
@@ -327,7 +327,8 @@ def build(kernel, stored, constants, **options):
     # As a call finds them: pointers and steps of rows are multiples of 16.
     even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name[1:2] == "_"]
     known = {(i,): [["tt.divisibility", 16]] for i in even}
-    made = triton.compile(ASTSource(kernel, signature, places, known), target=GPUTarget("cuda", 90, 32), options=options)
+    source = ASTSource(kernel, signature, places, known)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.metadata.shared <= 227 * 1024, (kernel.__name__, made.metadata.shared)
     assert not re.search(r"\\b(atom|red)\\.", made.asm["ptx"])
     return made.asm["ptx"]
@@ -345,7 +346,7 @@ for given in (True, False):
         ptx = build(kernel, stored, {**what, **tile}, num_warps=8 if queries == 128 else 4)
         assert "cp.async" in ptx
         assert ("wgmma" in ptx) == (stored != "*fp32")  # products run on tensor cores
-    for kernel in (one._combine, one._write, one._ballot, one._vote, one._mark):
+    for kernel in (one._combine, one._write, votes._ballot, votes._vote, votes._mark):
         build(kernel, stored, what)
 """
 

@@ -28,6 +28,7 @@ def _installed(package: str) -> str | None:
 def examine() -> dict[str, Any]:
     """Return facts and advice; loads neither torch nor ray nor zeus."""
     from vitalfew import __version__
+    from vitalfew.generate.families import ADAPTED, SEEN
     from vitalfew.meter import machine, sources
 
     advice = []
@@ -47,4 +48,7 @@ def examine() -> dict[str, Any]:
         {"source": source.name, "covers": source.scope, "how": source.how, "reason": source.reason}
         for source in sources()
     ]
-    return {"vitalfew": __version__, "machine": machine(), "extras": extras, "energy": energy, "advice": advice}
+    return {
+        "vitalfew": __version__, "machine": machine(), "extras": extras, "energy": energy,
+        "model families": sorted((*SEEN, *ADAPTED)), "advice": advice,
+    }  # fmt: skip

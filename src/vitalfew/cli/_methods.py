@@ -87,7 +87,7 @@ METHODS: list[dict[str, str]] = [
         "job": "generate",
         "method": "key tokens",
         "does": "keeps the tokens that get the attention in slots of the KV cache, and overwrites the others",
-        "use": "vitalfew generate; vitalfew compare-cache; KeyTokens",
+        "use": "vitalfew generate; vitalfew compare-cache; vitalfew serve; KeyTokens",
         "after": "Keyformer (Adnan et al. 2024); H2O, SnapKV, TOVA, StreamingLLM",
         "card": "docs/methods/key-tokens.md",
     },

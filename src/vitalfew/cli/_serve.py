@@ -35,7 +35,10 @@ def serve(
     drain: Annotated[int, typer.Option(help="Seconds that running answers have after SIGTERM.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the policy's noise.")] = 0,
 ) -> None:
-    """Serve a model as OpenAI's API does, with a fraction of the KV cache. Ctrl-C or SIGTERM lets answers finish."""
+    """Answer OpenAI-style requests over HTTP.
+
+    The keys and values of all requests stay within --kv-memory. Ctrl-C or SIGTERM lets running answers finish.
+    """
     from vitalfew.cli._generate import open_model
     from vitalfew.core import need
     from vitalfew.generate.comparing import budget_of
@@ -52,7 +55,6 @@ def serve(
     if host not in _LOCAL and api_key is None:
         say(f"anyone who reaches {host} can use this server: set --api-key, or VITALFEW_API_KEY")
     served = Serving(*open_model(model), settings)
-    Server(
-        served, host, port, drain=drain, ready=lambda url: say(f"serving {settings.name} on {url}/v1")
-    ).serve_forever()  # fmt: skip
-    say("stopped; all answers that had begun were finished")
+    server = Server(served, host, port, drain=drain, ready=lambda url: say(f"serving {settings.name} on {url}/v1"))
+    server.serve_forever()
+    say("stopped")

@@ -119,6 +119,7 @@ def show_doctor(found: dict[str, Any]) -> None:
         table.add_row(f"[{extra}]".replace("[", r"\["), ", ".join(f"{k} {v or 'missing'}" for k, v in packages.items()))
     for source in found["energy"]:
         table.add_row(f"energy: {source['source']}", escape(" ".join(filter(None, (source["how"], source["reason"])))))
+    table.add_row("model families that generate from slots", ", ".join(found["model families"]))
     console.print(table)
     for line in found["advice"] or ["nothing to mend"]:
         console.print(f"advice: {line}", markup=False)

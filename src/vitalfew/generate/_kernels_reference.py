@@ -17,9 +17,7 @@ def attend(
     scale: float, softcap: float | None, slopes: torch.Tensor | None, sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return attention and logits, ``(B, H, G, d)`` and ``(B, H, G, C)``, of queries ``(B, H, G, d)``."""
-    x, weights = weigh(
-        query.float() @ keys.float().transpose(-1, -2) * scale, pos, query_pos, softcap, slopes, sinks
-    )
+    x, weights = weigh(query.float() @ keys.float().transpose(-1, -2) * scale, pos, query_pos, softcap, slopes, sinks)
     # An empty slot may hold anything, also what is no number.
     return weights @ values.float().masked_fill((pos < 0)[..., None], 0.0), x
 

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalfew.generate._kernels_triton import _MASK, _bent, _inner, _starts, widths
+from vitalfew.generate._kernels_triton import _bent, inner, widths
+from vitalfew.generate._kernels_triton_votes import _MASK, _starts, signed
 from vitalfew.generate.noise import gumbel_table
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def attend_and_vote(
     rows, all_heads, n, _ = query.shape
     heads, m = keys.shape[1:3]
     device, shape = query.device, widths(keys, values)
-    query, keys, values, key_pos, query_pos = (_inner(each) for each in (query, keys, values, key_pos, query_pos))
+    query, keys, values, key_pos, query_pos = (inner(each) for each in (query, keys, values, key_pos, query_pos))
     begin = 0
     if ordered and votes is not None and votes.voters is not None:
         begin = max(0, n - votes.voters)
@@ -186,7 +187,7 @@ def attend_and_vote(
     noise, tau = (None, 1.0) if voting is None else (voting.noise, voting.tau)
     slopes, sinks = (sums if each is None else each.float() for each in (form.slopes, form.sinks))
     table = sums if noise is None else gumbel_table(noise.seed, device)
-    key = 0 if noise is None else noise.key - (noise.key >> 31 << 32)
+    key = 0 if noise is None else signed(noise.key)
     what: dict[str, Any] = {
         "CAPPED": form.softcap is not None, "SLOPED": form.slopes is not None, "NOISY": noise is not None,
         "ORDERED": ordered, "GROUP": all_heads // heads,

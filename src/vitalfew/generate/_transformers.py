@@ -281,7 +281,7 @@ class _Link(threading.local):
             self.clear()
             raise InputError(
                 f"the attention of layer {lost.evicting.layer} never asked for its slots, so nothing would be evicted",
-                hint="this model cannot be served; `vitalfew doctor` lists the families that can",
+                hint="this model cannot be served; `vitalfew doctor` names families that can",
             )
 
     def claim(self, key: torch.Tensor) -> SlotLayer | None:

@@ -15,7 +15,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from vitalfew.core.errors import InputError
 from vitalfew.generate._transformers import SlotCache, link, served, slot_attention, slot_mask
-from vitalfew.generate._transformers_families import ADAPTED, position_limit
+from vitalfew.generate._transformers_families import position_limit
+from vitalfew.generate.families import ADAPTED
 
 __all__ = ["NAME", "enable"]
 

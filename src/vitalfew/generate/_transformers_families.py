@@ -11,26 +11,12 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate.families import ADAPTED, SEEN
 
-__all__ = ["ADAPTED", "SEEN", "check_model", "head_shape", "position_limit", "slot_layers", "supported"]
+__all__ = ["check_model", "head_shape", "position_limit", "slot_layers", "supported"]
 
 VERSIONS = ((5, 17), (5, 23))
 """The first and the last version of transformers whose caches are known."""
-
-ADAPTED = {
-    "bloom": "_transformers_bloom",
-    "codegen": "_transformers_gptj",
-    "falcon": "_transformers_falcon",
-    "gptj": "_transformers_gptj",
-    "mpt": "_transformers_mpt",
-}
-"""Families that do not take their attention from transformers' registry, and the file that adapts each."""
-
-SEEN = (
-    "cohere", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "lfm2", "llama",
-    "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
-)  # fmt: skip
-"""Families that do, and whose slots are compared with the full cache in the tests."""
 
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention", "conv", "linear_attention", "dummy")
 

@@ -278,9 +278,7 @@ def _generation(cache: SlotCache, prompt: int, start: float, end: float) -> Gene
     slots = [layer.slots for layer in layers if layer.slots is not None]
     rows = len(slots[0].counts) if slots else 0
     full = sum(
-        rows * cache.length * heads * sum(s.sizes) * s.dtype.itemsize
-        for s in slots
-        for heads in (s.keys.shape[1],)
+        rows * cache.length * heads * sum(s.sizes) * s.dtype.itemsize for s in slots for heads in (s.keys.shape[1],)
     )
     rest = cache.nbytes - sum(layer.nbytes for layer in layers)
     mass = tuple(None if m.mass is None else (float(m.mass.min()), float(m.mass.mean())) for m in layers)

@@ -142,7 +142,7 @@ class CompressedPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes of one copy of the slots."""
-        return sum(t.nbytes for t in flatten(self._state)[1].values())
+        return sum(t.nbytes for name, t in flatten(self._state)[1].items() if not name.endswith(".mass"))
 
     def fork(self, rows: int = 1, *, few: KeyTokens | None = None) -> SlotCache:
         """Return a cache of so many rows that have all read the text; each goes its own way from here.
@@ -171,15 +171,35 @@ class CompressedPrefix:
             cache.batch_repeat_interleave(rows)
         return cache
 
-    def followed_by(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Any]:
-        """Return what ``generate`` takes to go on from here with questions ``(rows, tokens)``, padded on the left."""
+    def followed_by(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, each: int = 1
+    ) -> dict[str, Any]:
+        """Return what ``generate`` takes to go on from here with questions.
+
+        Parameters
+        ----------
+        ids, attention_mask
+            ``(questions, tokens)``, padded on the left.
+        each
+            Rows that ``generate`` makes of each question: its ``num_beams``, or ``num_return_sequences``.
+
+        Raises
+        ------
+        InputError
+            If there is padding, and the model has layers with a window, which would see it.
+        """
+        if attention_mask is not None and any(self._state["windows"]) and not bool(attention_mask.all()):
+            raise InputError(
+                "padding between a prefix and a question takes room in the windows of this model",
+                hint="ask questions of the same length together",
+            )
         rows = ids.shape[0]
         text = torch.tensor([self.tokens], device=ids.device, dtype=ids.dtype).expand(rows, -1)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         return {
             "input_ids": torch.cat((text, ids), 1),
             "attention_mask": torch.cat((torch.ones_like(text, dtype=mask.dtype), mask), 1),
-            "past_key_values": self.fork(rows),
+            "past_key_values": self.fork(rows * each),
         }
 
     def serve(self, model: PreTrainedModel) -> KeyTokens:

@@ -111,7 +111,7 @@ class Request:
         """Remember whether an output was finite, for `check_sound`."""
         if self.sound is None:
             self.sound = torch.ones_like(finite)
-        self.sound.logical_and_(finite)
+        self.sound.logical_and_(finite.to(self.sound.device))
 
     def check_sound(self) -> None:
         """Raise if an output was not finite; waits for the device."""

@@ -271,7 +271,7 @@ def vote_and_mark(
     tensor([[0]])
     """
     if on_gpu(score):
-        from vitalfew.generate import _kernels_triton as gpu
+        from vitalfew.generate import _kernels_triton_votes as gpu
 
         return gpu.vote_and_mark(score, logits, tau, noise, pos, query_pos, recent)
     if score.device.type != "cpu" or torch.compiler.is_compiling():

@@ -184,6 +184,7 @@ class Slots:
 
         The last `log` tokens can be taken back with `undo`.
         """
+        key, value = self._coded(key), self._coded(value)  # before anything is written: it may be refused
         caps = tuple(self.caps)
         slot, growing = self.marked, [False] * len(caps)
         if tuple(self.filled) != caps:
@@ -211,10 +212,9 @@ class Slots:
 
     def overwrite(self, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor) -> None:
         """Put one token per row into the marked slots of rows that are full; it cannot be taken back."""
-        self._put(self.marked, key, value, pos)
+        self._put(self.marked, self._coded(key), self._coded(value), pos)
 
     def _put(self, slot: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor) -> None:
-        key, value = self._coded(key), self._coded(value)
         if on_gpu(self.keys) and self.codec is None:
             from vitalfew.generate import _kernels_triton as gpu
 

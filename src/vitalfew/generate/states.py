@@ -94,7 +94,7 @@ def write_tensors(
     }  # fmt: skip
     document["digest"] = text_digest(document)
     with atomic_write(path) as file:
-        file.write(save(held, {_KEY: json.dumps(document, ensure_ascii=True, allow_nan=False)}))
+        file.write(save(held, {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -35,6 +35,8 @@ class Clock:
 
     def __init__(self, layers: Sequence[EvictingLayer]) -> None:
         first = layers[0].slots
+        if len({layer.slots.pos.device for layer in layers if layer.slots is not None}) > 1:
+            raise InputError("the layers are spread over devices", hint="call the model without steady()")
         for layer in layers:
             slots = layer.slots
             if slots is None or layer.request.recording or slots.filled != slots.caps:

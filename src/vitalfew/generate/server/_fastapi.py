@@ -207,8 +207,14 @@ class Server(uvicorn.Server):
     ) -> None:  # fmt: skip
         super().__init__(
             uvicorn.Config(
-                build(serving), host=host, port=port, log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=int(drain), lifespan="off",
+                build(serving),
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(drain),
+                lifespan="off",
             )
         )
         self._serving, self._ready = serving, ready

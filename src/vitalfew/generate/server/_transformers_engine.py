@@ -41,6 +41,33 @@ class Engine:
         What is kept by default.
     chunk
         Tokens of a prompt that are read between two steps.
+
+    Raises
+    ------
+    InputError
+        If the model has layers with a window, or the budget does not say beforehand what a request will hold.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    ...     num_key_value_heads=2, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    ... )
+    >>> with KeyTokens(LlamaForCausalLM(config).eval(), 0.5, min_length=0) as few:
+    ...     engine = Engine(few)
+    ...     need = engine.shape.need(engine.plan, prompt=40, new=8, copies=1)
+    ...     engine.begin(range(1, 41), 8, engine.plan, need)
+    ...     first = int(engine.advance().argmax())
+    ...     engine.join(["me"])
+    ...     logits = engine.step([first])
+    >>> logits.shape, engine.owners, engine.nbytes == need.row
+    (torch.Size([1, 64]), ['me'], True)
+
+    Notes
+    -----
+    A row that joins or leaves has the rows of its group copied once, which takes about a hundredth of the time that
+    reading its prompt took.
     """
 
     def __init__(self, few: KeyTokens, *, chunk: int = 256) -> None:
@@ -110,7 +137,7 @@ class Engine:
         assert prefill is not None
         start, count = prefill.done, len(prefill.ids)
         prefill.done = min(start + self._chunk, count)
-        logits = self._forward([prefill.ids[start : prefill.done]], prefill.cache)
+        logits = self._forward([list(prefill.ids[start : prefill.done])], prefill.cache)
         if not start and prefill.done < count:
             with torch.inference_mode():
                 for layer in prefill.cache.slot_layers:

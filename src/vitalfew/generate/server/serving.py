@@ -46,6 +46,11 @@ class Settings:
         Size of a request at most.
     api_key
         What clients must send; None: nothing.
+
+    Examples
+    --------
+    >>> Settings("small", "25%", kv_memory="512 MiB").queue
+    256
     """
 
     name: str
