@@ -3,11 +3,13 @@
     kernels   every kernel over a grid of head sizes, groups, types and forms, against plain float32 torch
     step      one layer's attention of a token: slots against SDPA over all tokens, both in CUDA graphs, with the bytes
               that each reads per second beside those of a measured copy
-    model     a whole step of a model of a given shape with random weights, both in CUDA graphs, beside the ceiling
+    model     a whole step of a model of a given shape with random weights, both in CUDA graphs, beside the ceiling; the
+              full cache is static, and attended to without a mask, which SDPA's fast kernels would not take
     prompt    the share of a prompt's time that scoring takes
     memory    the largest batch that fits a given memory, beside what the bytes of a slot foretell
 
-Rounds of the two sides are interleaved; a figure is the median. Weights, keys and values are made on the device.
+Rounds of the sides are interleaved, but for whole models, whose caches a device holds one at a time; a figure is the
+median. Weights, keys and values are made on the device.
 
     python benchmarks/generate/gpu.py --out benchmarks/results/generate_gpu.json
     python benchmarks/generate/gpu.py --dry     # tiny shapes on the CPU, in Triton's interpreter: shows that it runs
@@ -29,6 +31,8 @@ if "--dry" in sys.argv:
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from vitalfew.core.files import write_document
 from vitalfew.generate import _kernels_reference as twin
@@ -67,7 +71,11 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_: Callable[[], Any] = step) -> None:  # which holds what the graph has the addresses of
+        graph.replay()
+
+    return replay
 
 
 def medians(sides: dict[str, Callable[[], Any]], args: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -183,56 +191,58 @@ def without_triton() -> Iterator[None]:
 # -- one layer's step
 
 
-def layer_steps(args: argparse.Namespace, device: torch.device, copy: float) -> list[Row]:
-    from vitalfew.generate import _kernels_triton as one
-    from vitalfew.generate import _kernels_triton_votes as ballots
-
+def layer_steps(args: argparse.Namespace, device: torch.device) -> list[Row]:
     found = []
     for rows in args.rows:
         for length in args.tokens:
-            for name, (heads, group, d) in args.shapes.items():
-                per_token = 2 * heads * d * args.dtype.itemsize
-                if rows * length * per_token > args.most_bytes:
-                    continue
-                full = held(rows, heads, group, length, d, args.dtype, device)
-                query = full["query"].flatten(1, 2)[:, :, None]
-                sides: dict[str, Callable[[], Any]] = {
-                    "sdpa": captured(
-                        lambda q=query, f=full, g=group: functional.scaled_dot_product_attention(
-                            q, f["keys"], f["values"], enable_gqa=g > 1
-                        ),
-                        device,
-                    )
-                }
-                for share in args.shares:
-                    few = held(rows, heads, group, int(length * share), d, args.dtype, device)
-                    score = torch.zeros(few["pos"].shape, device=device)
-                    noise, window = Noise(0, 0), few["pos"].shape[2] // 4
+            for name, (heads, _, d) in args.shapes.items():
+                if rows * length * 2 * heads * d * args.dtype.itemsize <= args.most_bytes:
+                    found += beside_sdpa(name, rows, length, args, device)
+    return found
 
-                    def attend(few: Row = few) -> torch.Tensor:
-                        return one.attend(**few, scale=0.1, softcap=None, slopes=None, sinks=None)[1]
 
-                    def whole(few: Row = few, score: torch.Tensor = score, noise: Any = noise, w: int = window) -> None:
-                        ballots.vote_and_mark(score, attend(few), 1.5, noise, few["pos"], few["query_pos"], w)
+def beside_sdpa(name: str, rows: int, length: int, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Return a row for each share kept of a shape; what it measured with is gone then."""
+    from vitalfew.generate import _kernels_triton as one
+    from vitalfew.generate import _kernels_triton_votes as ballots
 
-                    sides[f"attend {share:.0%}"] = captured(attend, device)
-                    sides[f"step {share:.0%}"] = captured(whole, device)
-                took = medians(sides, args, device)
-                for share in args.shares:
-                    kept = int(length * share)
-                    attend_s, step_s = took[f"attend {share:.0%}"], took[f"step {share:.0%}"]
-                    read = rows * kept * (per_token + heads * 4 * (1 + group))  # positions, and logits that are written
-                    row = {
-                        "shape": name, "rows": rows, "tokens": length, "share": share, "sdpa us": 1e6 * took["sdpa"],
-                        "attend us": 1e6 * attend_s, "step us": 1e6 * step_s, "over sdpa": took["sdpa"] / step_s,
-                        "bytes per second": read / attend_s, "of the copy's": read / attend_s / copy,
-                        "sdpa, of the copy's": rows * length * per_token / took["sdpa"] / copy,
-                    }  # fmt: skip
-                    # What fits the caches says nothing about the memory.
-                    large = read > args.copy_bytes / 8
-                    row["missed"] = ["bandwidth"] if large and row["of the copy's"] < OF_COPY else []
-                    found.append(row)
-                    show(row)
+    heads, group, d = args.shapes[name]
+    per_token = 2 * heads * d * args.dtype.itemsize
+    full = held(rows, heads, group, length, d, args.dtype, device)
+    query = full["query"].flatten(1, 2)[:, :, None]
+
+    def sdpa() -> None:
+        functional.scaled_dot_product_attention(query, full["keys"], full["values"], enable_gqa=group > 1)
+
+    sides: dict[str, Callable[[], Any]] = {"sdpa": captured(sdpa, device)}
+    for share in args.shares:
+        few = held(rows, heads, group, int(length * share), d, args.dtype, device)
+        score, noise, window = torch.zeros(few["pos"].shape, device=device), Noise(0, 0), few["pos"].shape[2] // 4
+
+        def attend(few: Row = few) -> torch.Tensor:
+            return one.attend(**few, scale=0.1, softcap=None, slopes=None, sinks=None)[1]
+
+        def whole(few: Row = few, score: torch.Tensor = score, noise: Noise = noise, window: int = window) -> None:
+            ballots.vote_and_mark(score, attend(few), 1.5, noise, few["pos"], few["query_pos"], window)
+
+        sides[f"attend {share:.0%}"] = captured(attend, device)
+        sides[f"step {share:.0%}"] = captured(whole, device)
+    took = medians(sides, args, device)
+    found = []
+    for share in args.shares:
+        kept = int(length * share)
+        attend_s, step_s = took[f"attend {share:.0%}"], took[f"step {share:.0%}"]
+        read = rows * kept * (per_token + heads * 4 * (1 + group))  # with positions, and logits, which are written
+        row = {
+            "shape": name, "rows": rows, "tokens": length, "share": share, "sdpa us": 1e6 * took["sdpa"],
+            "attend us": 1e6 * attend_s, "step us": 1e6 * step_s, "over sdpa": took["sdpa"] / step_s,
+            "bytes per second": read / attend_s, "of the copy's": read / attend_s / args.copy,
+            "sdpa, of the copy's": rows * length * per_token / took["sdpa"] / args.copy,
+        }  # fmt: skip
+        # What fits the caches says nothing about the memory.
+        row["missed"] = ["bandwidth"] if read > args.copy_bytes / 8 and row["of the copy's"] < OF_COPY else []
+        found.append(row)
+        show(row)
     return found
 
 
@@ -251,6 +261,9 @@ def build(name: str, args: argparse.Namespace, device: torch.device) -> Any:
         num_hidden_layers=args.layers, num_attention_heads=2 if args.dry else 32, num_key_value_heads=heads,
         max_position_embeddings=1 << 17,
     )  # fmt: skip
+    # A name without a mask function gets no mask, so that all of a static cache is attended to.
+    AttentionInterface.register("unmasked", sdpa_attention_forward)
+    config._attn_implementation = "unmasked"
     before = torch.get_default_dtype()
     torch.set_default_dtype(args.dtype)
     try:
@@ -313,7 +326,7 @@ def model_steps(args: argparse.Namespace, device: torch.device) -> list[Row]:
                             device,
                         )
                         seconds = medians({"slots": step}, args, device)["slots"]
-                    del step, cache
+                    del step, cache, clock
                 ceiling = decode_ceiling(weight_bytes(model), rows, length, kept, shape.bytes_per_token)
                 row = {
                     "model": name, "rows": rows, "tokens": length, "share": share, "static ms": 1e3 * full,
@@ -330,10 +343,10 @@ def model_steps(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def static_cache(
     model: Any, rows: int, length: int, later: int, dtype: torch.dtype, device: torch.device
 ) -> StaticCache:
-    """Return transformers' static cache with so many tokens in, and room for more."""
+    """Return transformers' static cache of so many tokens, the last of which are still to come."""
     shape = KVShape.of(model.config, dtype.itemsize)
-    cache = StaticCache(config=model.config, max_cache_len=length + later)
-    tokens = torch.randn(rows, shape.heads, length, shape.head_dim, device=device, dtype=dtype)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    tokens = torch.randn(rows, shape.heads, length - later, shape.head_dim, device=device, dtype=dtype)
     for index in range(shape.layers):
         cache.update(tokens, tokens, index)
     return cache
@@ -399,16 +412,23 @@ def show(row: Row) -> None:
     print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
+PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
+    "kernels": kernels, "step": layer_steps, "model": model_steps, "prompt": prompt_shares, "memory": memory,
+}  # fmt: skip
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="kernels,step,model,prompt,memory")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas between")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, without a GPU")
     parser.add_argument("--out")
     args = parser.parse_args()
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     large: dict[str, Any] = {
-        "types": [torch.float32, torch.float16, torch.bfloat16], "dims": [64, 80, 96, 128, 256], "groups": [1, 4, 8],
+        "types": [torch.float32, torch.float16, torch.bfloat16], "dims": [64, 80, 96, 128, 256], "groups": [1, 3, 4, 8],
         "capacity": 1000, "rows": [1, 8, 32], "tokens": [4096, 16_384, 65_536], "shares": [0.5, 0.2],
         "shapes": {"llama-8b": (8, 4, 128), "mpt-7b": (32, 1, 128)}, "dtype": torch.bfloat16,
         "most_bytes": 48 << 30, "copy_bytes": 4 << 30, "layers": 32, "prompt": 16_384,
@@ -416,9 +436,9 @@ def options() -> argparse.Namespace:
         "memory_tokens": 8192, "memory_bytes": 32 << 30,
     }  # fmt: skip
     tiny: dict[str, Any] = {
-        "types": [torch.float32, torch.float16], "dims": [64], "groups": [2], "capacity": 90, "rows": [1],
-        "tokens": [128], "shares": [0.5], "shapes": {"llama-8b": (1, 2, 32)}, "dtype": torch.float32,
-        "most_bytes": 1 << 30, "copy_bytes": 1 << 16, "layers": 1, "prompt": 24,
+        "types": [torch.float32, torch.float16], "dims": [80], "groups": [3], "capacity": 90, "rows": [1, 2],
+        "tokens": [128], "shares": [0.5], "shapes": {"llama-8b": (1, 2, 32), "mpt-7b": (2, 1, 32)},
+        "dtype": torch.float32, "most_bytes": 100_000, "copy_bytes": 1 << 16, "layers": 1, "prompt": 24,
         "models": [("llama-8b", 1, 64), ("mpt-7b", 1, 64)], "memory_tokens": 64, "memory_bytes": 1 << 20,
         "rounds": 1, "repeats": 1,
     }  # fmt: skip
@@ -435,21 +455,17 @@ def main() -> int:
     if args.dry:  # the interpreter stands for the GPU
         scores.on_gpu = slots.on_gpu = lambda tensor: True
     torch.manual_seed(0)
-    results: dict[str, Any] = {"copy": copy_bandwidth(args, device)}
-    print(f"a copy moves {results['copy'] / 1e9:,.0f} GB/s")
-    parts: dict[str, Callable[[], list[Row]]] = {
-        "kernels": lambda: kernels(args, device), "step": lambda: layer_steps(args, device, results["copy"]),
-        "model": lambda: model_steps(args, device), "prompt": lambda: prompt_shares(args, device),
-        "memory": lambda: memory(args, device),
-    }  # fmt: skip
+    args.copy = copy_bandwidth(args, device)
+    results: dict[str, Any] = {"copy": args.copy}
+    print(f"a copy moves {args.copy / 1e9:,.0f} GB/s")
     for name in args.parts.split(","):
         with torch.inference_mode() if name in ("kernels", "step") else nullcontext():
-            results[name] = parts[name]()
+            results[name] = PARTS[name](args, device)
     if args.out:
         about = {"name": "generate_gpu", "command": "python " + " ".join(sys.argv), "machine": machine()}
         write_document(args.out, "benchmark", 1, {**about, "dry": args.dry, "results": results})
     # Tiny shapes in an interpreter show what is right, not what is fast.
-    asked = ("kernels", "memory") if args.dry else tuple(parts)
+    asked = ("kernels", "memory") if args.dry else tuple(PARTS)
     missed = [row for name in asked for row in results.get(name, []) if row["missed"]]
     print(f"{len(missed)} rows miss what is asked for" if missed else "all that is asked for is met")
     return int(bool(missed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ import pytest
 
 from vitalfew.generate.server.serving import Serving
 
-from .serving import client, serving
+from .serving import chain_model, client, endless, rows, sent, serving
 from .tiny import tiny_model
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a slot?"}]
@@ -169,6 +168,14 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"seed": "x"}, 400, "seed"),
     ({"stream": "yes"}, 400, "stream"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": "yes"}}, 400, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options"),
+    ({"stream": True, "stream_options": [1]}, 400, "stream_options"),
+    ({"temperature": 10**300}, 400, "temperature"),
+    ({"stop": "a" * 1001}, 400, "stop"),
+    ({"prompt": ["Once"] * 257}, 400, "prompt"),
+    ({"model": "m" * 10_000}, 404, "model"),
+    ({"b" * 10_000: 1}, 400, "b" * 80),
     ({"logprobs": 21}, 400, "logprobs"),
     ({"prompt": [[]]}, 400, "prompt"),
     ({"prompt": [100_000]}, 400, "prompt"),
@@ -193,12 +200,16 @@ def test_bad_values(server: tuple[Serving, str], change: dict[str, Any], status:
     assert answer["error"]["param"] == (param or None)
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
+    assert len(answer["error"]["message"]) < 250
 
 
 BAD_CHAT: list[Any] = [
     [], "hello", [3], [{"content": "x"}], [{"role": "user", "content": None}], [{"role": "user", "content": []}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
     [{"role": "assistant", "content": "x", "tool_calls": [1]}],
+    [{"role": "assistant", "content": "x", "refusal": "no"}],
+    [{"role": "user", "content": "x", "name": 3}],
+    [{"role": "user", "content": [{"type": "image", "text": "x"}]}],
 ]  # fmt: skip
 
 
@@ -229,13 +240,39 @@ def test_bad_json(server: tuple[Serving, str], body: bytes) -> None:
     assert (code, answer["error"]["code"]) == (400, "invalid_json")
 
 
-def test_bad_http(server: tuple[Serving, str]) -> None:
+def test_bad_http(server: tuple[Serving, str], monkeypatch: pytest.MonkeyPatch) -> None:
     url = server[1]
-    assert post(f"{url}/v1/completions", b"{}", **{"Content-Type": "text/plain"})[0] == 415
-    assert post(f"{url}/v1/completions", b"x" * 30_000)[0] == 413
-    code, answer = post(f"{url}/v1/nothing", b"{}")
-    assert (code, answer["error"]["type"]) == (404, "invalid_request_error")
-    assert post(f"{url}/v1/models", b"{}")[0] == 405
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert post(f"{url}/v1/completions", b"{}", **{"Content-Type": kind})[0] == 415
+    code, answer = post(f"{url}/v1/completions", b"x" * 30_000)
+    assert (code, answer["error"]["code"]) == (413, "body_too_large")
+    monkeypatch.setattr("vitalfew.generate.server._fastapi._BODY_SECONDS", 0.1)
+    with sent(url, {"model": "tiny", "prompt": "Once"}, part=0.5) as slow:
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/nothing", 404), ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/v1/models/%ff/x", 404),
+        ("POST", "/v1/models", 405), ("GET", "/v1/completions", 405), ("OPTIONS", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/tiny", 405), ("HEAD", "/v1/models", 405), ("BREW", "/health", 405),
+    ],
+)  # fmt: skip
+def test_unknown_routes_and_methods(server: tuple[Serving, str], method: str, path: str, status: int) -> None:
+    request = urllib.request.Request(f"{server[1]}{path}", method=method)
+    with pytest.raises(urllib.error.HTTPError) as found, urllib.request.urlopen(request, timeout=5):
+        pass
+    with found.value as answer:
+        assert answer.code == status
+        assert ("Allow" in answer.headers) == (status == 405)
+        body = answer.read()
+    if method == "HEAD":
+        assert body == b""
+    else:
+        error = json.loads(body)["error"]
+        assert error["type"] == "invalid_request_error"
+        assert path.startswith("/v1/models/%") or error["message"].startswith(f"{method} {path}: ")
 
 
 def test_text_parts_are_text(api: openai.OpenAI) -> None:
@@ -251,69 +288,104 @@ def test_keys(folder: Any) -> None:
         with client(url, "secret") as right:
             assert len(right.models.list().data) == 1
         for wrong in ("Secret", "secre", "s\u00e9cret", ""):
-            sent = f"Bearer {wrong}".encode().decode("latin-1")
-            code, answer = post(f"{url}/v1/completions", b"{}", Authorization=sent)
+            key = f"Bearer {wrong}".encode().decode("latin-1")
+            code, answer = post(f"{url}/v1/completions", b"{}", Authorization=key)
             assert (code, answer["error"]["code"]) == (401, "invalid_api_key")
-        with client(url, "other") as other, pytest.raises(openai.AuthenticationError):
+            assert answer["error"]["type"] == "authentication_error"
+        assert post(f"{url}/v1/completions", b"{}", Authorization="bearer secret")[0] == 400
+        assert post(f"{url}/v1/completions", b"{}", Authorization="secret")[0] == 401
+        with client(url, "other") as other, pytest.raises(openai.AuthenticationError) as refused:
             other.models.list()
+        assert refused.value.response.headers["WWW-Authenticate"] == "Bearer"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            rows(url)
         with urllib.request.urlopen(f"{url}/health", timeout=5) as health:
             assert json.loads(health.read()) == {"status": "ok"}
 
 
-def test_no_chat_template(folder: Any, tmp_path: Any) -> None:
-    from shutil import copytree
+def test_chat_templates(folder: Any) -> None:
+    """One that refuses is the client's error, one that shows names gets them, and without one there is no chat."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.name or m.role }}: {{ m.content }}{% endfor %}"
+    )
+    how: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0}
 
-    bare = copytree(folder, tmp_path / "bare")
-    (bare / "chat_template.jinja").unlink()
-    with serving(bare, kv_memory="1 MiB") as (_, url), client(url) as api:  # noqa: SIM117 - the server outlives it
+    def with_template(text: str | None) -> Any:
+        return serving(folder, lambda model, tokenizer: setattr(tokenizer, "chat_template", text), kv_memory="1 MiB")
+
+    with with_template(template) as (_, url), client(url) as api:
+        with pytest.raises(openai.BadRequestError, match="no system here") as error:
+            api.chat.completions.create(messages=CHAT, **how)
+        assert error.value.param == "messages"
+        named = [{"role": "user", "content": "x", "name": "Ada"}]
+        said = api.chat.completions.create(messages=named, **how)
+        assert said.usage.prompt_tokens == len("Ada: x")
+        echoed = [*named, said.choices[0].message.model_dump(), {"role": "user", "content": "y", "tool_calls": []}]
+        assert api.chat.completions.create(messages=echoed, **how).choices
+    with with_template(None) as (_, url), client(url) as api:  # noqa: SIM117 - the server outlives it
         with pytest.raises(openai.BadRequestError, match="no chat template"):
-            api.chat.completions.create(model="tiny", messages=CHAT)
+            api.chat.completions.create(messages=CHAT, **how)
 
 
-def rows(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
-        lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in lines}
+def test_usage_and_finish_reason(folder: Any) -> None:
+    """Without an end token an answer has as many tokens as asked for; with several, the first of any ends it."""
+    how: dict[str, Any] = {"model": "tiny", "prompt": "Once upon", "max_tokens": 30, "temperature": 0}
+    with serving(folder, endless, kv_memory="2 MiB") as (served, url), client(url) as api:
+        assert not served.scheduler._ends
+        whole = api.completions.create(logprobs=0, n=3, **how)
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (9, 90)
+        assert {choice.finish_reason for choice in whole.choices} == {"length"}
+        # What is not asked for ends with the context.
+        rest = api.chat.completions.create(model="tiny", messages=CHAT)
+        assert rest.usage.total_tokens == 512
+        assert rest.choices[0].finish_reason == "length"
+        for name in ("max_tokens", "max_completion_tokens"):
+            few = api.chat.completions.create(model="tiny", messages=CHAT, **{name: 7})
+            assert few.usage.completion_tokens == 7
+        with pytest.raises(openai.BadRequestError, match="send one"):
+            api.chat.completions.create(model="tiny", messages=CHAT, max_tokens=7, max_completion_tokens=8)
+    tokens = whole.choices[0].logprobs.tokens
+    ids: dict[str, int] = {}
+
+    def several(model: Any, tokenizer: Any) -> None:
+        ids.update({tokenizer.decode([k], skip_special_tokens=False): k for k in range(model.config.vocab_size)})
+        plain = [name for name in dict.fromkeys(tokens[5:]) if name != "\ufffd" and name not in tokens[:5]]
+        model.generation_config.eos_token_id = [ids[name] for name in plain[:3]]
+
+    with serving(folder, several, kv_memory="2 MiB") as (served, url), client(url) as api:
+        ends = {name for name, k in ids.items() if k in served.scheduler._ends}
+        at = next(k for k, name in enumerate(tokens) if name in ends)
+        cut = api.completions.create(logprobs=0, **how)
+        assert cut.choices[0].finish_reason == "stop"
+        assert cut.usage.completion_tokens == at + 1
+        assert cut.choices[0].logprobs.tokens == tokens[:at]
 
 
-def until(url: str, **wanted: float) -> None:
-    """Wait for gauges to have these values."""
-    end = time.monotonic() + 10
-    while {name: rows(url)[f"vitalfew_{name}"] for name in wanted} != wanted:
-        assert time.monotonic() < end, rows(url)
-        time.sleep(0.01)
+def test_characters_and_stops_over_several_tokens(folder: Any, tmp_path: Any) -> None:
+    """A model whose tokens are bytes, and that writes this text: characters of one to four tokens, then its end."""
+    text = "a\u00e9\u20ac\U0001f600b"
+    with serving(chain_model(tmp_path / "chain", text), kv_memory="1 MiB") as (_, url), client(url) as api:
+        how: dict[str, Any] = {"model": "tiny", "prompt": "xa", "max_tokens": 20, "temperature": 0}
 
+        def pieces(**more: Any) -> tuple[list[str], str | None, int]:
+            asked = {**how, **more}
+            chunks = list(api.completions.create(stream=True, stream_options={"include_usage": True}, **asked))
+            choices, usage = [choice for chunk in chunks for choice in chunk.choices], chunks[-1].usage
+            whole = api.completions.create(**asked)
+            assert "".join(choice.text for choice in choices) == whole.choices[0].text
+            assert choices[-1].finish_reason == whole.choices[0].finish_reason
+            assert usage == whole.usage
+            texts = [choice.text for choice in choices if choice.text]
+            return texts, choices[-1].finish_reason, usage.completion_tokens
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_killed_client_frees_its_slots(server: tuple[Serving, str], stream: bool) -> None:
-    _, url = server
-    until(url, rows=0, queue=0)
-    cancelled = rows(url).get('vitalfew_requests_total{outcome="cancelled"}', 0)
-    body = json.dumps({"model": "tiny", "prompt": "Once", "max_tokens": 300, "n": 3, "stream": stream}).encode()
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
-        until(url, rows=3)
-    until(url, rows=0, kv_bytes=0, kv_bytes_reserved=0)
-    assert rows(url)['vitalfew_requests_total{outcome="cancelled"}'] == cancelled + 1
-
-
-def test_metrics_add_up(server: tuple[Serving, str], api: openai.OpenAI) -> None:
-    until(server[1], rows=0)
-    before = rows(server[1])
-    usage = api.completions.create(model="tiny", prompt="Once", max_tokens=7).usage
-    until(server[1], rows=0)
-    after = rows(server[1])
-    grown = {name: after[name] - before.get(name, 0) for name in after}
-    assert grown['vitalfew_requests_total{outcome="done"}'] == 1
-    assert grown['vitalfew_tokens_total{kind="prompt"}'] == 4
-    assert grown['vitalfew_tokens_total{kind="answer"}'] == usage.completion_tokens  # type: ignore[union-attr]
-    assert grown["vitalfew_step_seconds_count"] == usage.completion_tokens - 1  # type: ignore[union-attr]
-    assert after["vitalfew_kv_bytes_peak"] <= after["vitalfew_kv_bytes_limit"]
+        assert pieces() == (["\u00e9", "\u20ac", "\U0001f600", "b"], "stop", 11)
+        assert pieces(max_tokens=10) == (["\u00e9", "\u20ac", "\U0001f600", "b"], "length", 10)
+        assert pieces(max_tokens=4) == (["\u00e9"], "length", 4)  # half a character is none
+        assert pieces(stop="\u20ac\U0001f600") == (["\u00e9"], "stop", 9)
+        assert pieces(stop=["\U0001f600c", "\u20acb"]) == (["\u00e9", "\u20ac", "\U0001f600b"], "stop", 11)
+        assert pieces(stop="b\u00e9") == (["\u00e9", "\u20ac", "\U0001f600", "b"], "stop", 11)
+        assert pieces(stop=["b", "\u00e9"]) == ([], "stop", 2)
 
 
 def test_sixteen_staggered_streams_are_each_as_alone(server: tuple[Serving, str], api: openai.OpenAI) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 from vitalfew.core.errors import InputError
 from vitalfew.generate.policies import H2O
 from vitalfew.generate.request import Plan
+from vitalfew.generate.server.jobs import Piece, Token
 from vitalfew.generate.server.metrics import Metrics
 from vitalfew.generate.server.pool import Pool, Shape, most_slots, width
-from vitalfew.generate.server.requests import parse
+from vitalfew.generate.server.requests import ApiError, parse, read_json
+from vitalfew.generate.server.responses import Answer
 from vitalfew.generate.server.sampling import best, draw
 from vitalfew.generate.server.text import TextStream
 
@@ -69,6 +73,24 @@ def test_a_space_that_comes_with_the_next_word_is_kept() -> None:
     words = ["\u2581Hello", "\u2581big", "ger", "\u2581world"]
     stream = TextStream(lambda ids: "".join(words[k] for k in ids).replace("\u2581", " ").removeprefix(" "))
     assert [stream.push(k) for k in range(4)] == ["Hello", " big", "ger", " world"]
+
+
+def test_the_first_space_of_an_answer_is_kept() -> None:
+    """Tokenizers of the SentencePiece kind drop a text's first space, which an answer that goes on must not lose."""
+    from tokenizers import Tokenizer, decoders, models
+
+    inner = Tokenizer(models.WordLevel({"\u2581Once": 0, "\u2581upon": 1, "\u2581a": 2, "<unk>": 3}, unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    assert inner.decode([1, 2]) == "upon a"
+    alone, after = (TextStream(inner.decode, before=before) for before in ([], [0]))
+    assert [alone.push(k) for k in (1, 2)] == ["upon", " a"]
+    assert [after.push(k) for k in (1, 2)] == [" upon", " a"]
+
+
+@given(st.binary(max_size=12), st.text(min_size=1, max_size=12))
+def test_what_stood_before_is_no_part_of_a_text(before: bytes, text: str) -> None:
+    stream = TextStream(of_bytes, before=list(before.decode(errors="ignore").encode()))
+    assert "".join([stream.push(token) for token in text.encode()]) + stream.flush() == text
 
 
 @given(st.integers(1, 200_000))
@@ -135,9 +157,31 @@ def test_a_draw_does_not_depend_on_its_neighbours(seed: int, point: float, share
     assert draw(logits, [0.0, 0.7, 1.9], [1.0, share, 0.3], [0.2, point, 0.9])[1:2] == alone
 
 
-def test_draws_at_the_very_end_stay_among_the_likeliest() -> None:
-    logits = torch.tensor([[3.0, 2.9, -50.0, -60.0]])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999])
+def test_draws_from_many_tokens_are_those_of_the_whole_order(share: float) -> None:
+    """Rows so flat that the few likeliest have too little, and rows so steep that two suffice."""
+    flat = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    logits = torch.cat([flat, 30 * flat])
+    points = [0.0, 0.37, 0.99] * 2
+    chances, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    for row, token in enumerate(draw(logits, [1.0] * 6, [share] * 6, points)):
+        inside = int((chances[row].cumsum(0) - chances[row] < share).sum())
+        upto = chances[row, :inside].cumsum(0) / chances[row, :inside].sum()
+        place = int((order[row] == token).nonzero())
+        assert place < inside
+        low = 0.0 if not place else float(upto[place - 1])
+        assert low - 1e-5 <= points[row] <= float(upto[place]) + 1e-5
+
+
+def test_draws_at_the_very_end_have_a_chance() -> None:
+    logits = torch.tensor([[3.0, 2.9, -50.0, -math.inf]])
     assert draw(logits, [1.0], [0.9], [1 - 2**-53])[0] in (0, 1)
+    assert draw(logits, [1.0], [1.0], [1 - 2**-53])[0] in (0, 1, 2)
+
+
+@pytest.mark.parametrize("heat", [1e-5, 1e-6, 1e-40, 1e-300])
+def test_a_temperature_of_almost_nothing_takes_the_likeliest(heat: float) -> None:
+    assert draw(torch.tensor([[0.0, 50.0, 49.0]] * 2), [heat] * 2, [1.0, 0.5], [0.1, 0.999]) == [1, 1]
 
 
 def test_best_is_log_softmax() -> None:
@@ -165,6 +209,74 @@ def test_defaults_are_those_of_the_api() -> None:
     assert (chat.sampling.most, chat.sampling.temperature, chat.sampling.top_p, chat.sampling.n) == (None, 1, 1, 1)
     assert parse({"model": "m", "prompt": "x"}, chat=False).sampling.most == 16
     assert parse({"model": "m", "prompt": "x", "stop": "a", "frequency_penalty": 0}, chat=False).sampling.stop == ("a",)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "n", "seed", "stop", "logprobs",
+    "max_tokens", "max_completion_tokens", "top_logprobs", "kv_budget", "best_of", "echo", "tools", "response_format",
+]  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.booleans(), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_any_json_is_understood_or_refused(chat: bool, change: dict[str, Any]) -> None:
+    ask = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    error = None
+    try:
+        parse({"model": "m", **ask, **change}, chat=chat)
+    except ApiError as found:
+        error = found
+    assert error is None or (error.status == 400 and error.param and len(error.message) < 250)
+
+
+@pytest.mark.parametrize("inner", ['{"logit_bias": %s}', '{"stop": %s}', '{"messages": %s}', '{"tools": %s}'])
+def test_json_of_any_depth_is_refused(inner: str) -> None:
+    for depth in (*range(10, 1100, 7), 5000, 100_000):
+        raw = (inner % ("[" * depth + "]" * depth)).replace("{", '{"model": "m", ', 1).encode()
+        with pytest.raises(ApiError) as error:
+            parse(read_json(raw), chat=True)
+        assert error.value.status == 400
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_setting_of_the_official_client_is_served_or_refused_by_name(chat: bool) -> None:
+    from openai.types import completion_create_params as text
+    from openai.types.chat import completion_create_params as chats
+
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    names = set((chats if chat else text).CompletionCreateParamsBase.__annotations__)
+    assert len(names) > 15
+    for name in names - {"user", "metadata", "safety_identifier", "prompt_cache_key"}:  # which change no answer
+        with pytest.raises(ApiError) as error:
+            parse({"model": "m", **ask, name: {"no such": "value"}}, chat=chat)
+        assert str(error.value.param).startswith(name)
+        assert name in error.value.message
+
+
+def test_names_of_log_probabilities() -> None:
+    """Offsets go on from piece to piece, parts of characters share a name, and their bytes are unknown."""
+    half, rest = Token(5, -0.5, [(5, -0.5), (6, -1.0)]), Token(7, -0.1, [])
+    pieces = [Piece(0, "", (half,), None), Piece(0, "\u00e9x", (rest,), "stop")]
+    names = {5: "\ufffd", 6: "\ufffd", 7: "x"}
+    ask = parse({"model": "m", "prompt": "a", "logprobs": 2}, chat=False)
+    whole, stream = (Answer(ask, names.__getitem__) for _ in range(2))
+    for piece in pieces:
+        whole.add(piece)
+    found = whole.whole()["choices"][0]["logprobs"]
+    parts = [stream.chunk(piece)["choices"][0]["logprobs"] for piece in pieces]
+    assert found == {key: [one for part in parts for one in part[key]] for key in found}
+    assert found["text_offset"] == [0, 1]
+    assert found["top_logprobs"] == [{"\ufffd": -0.5}, {}]
+    chat = parse(
+        {"model": "m", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}, chat=True
+    )
+    shown = Answer(chat, names.__getitem__).chunk(pieces[0])["choices"][0]["logprobs"]["content"]
+    assert [(token["token"], token["bytes"], len(token["top_logprobs"])) for token in shown] == [("\ufffd", None, 2)]
 
 
 def test_importing_the_server_loads_neither_transformers_nor_fastapi() -> None:

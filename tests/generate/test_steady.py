@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vitalfew.core.errors import InputError
 from vitalfew.generate.key_tokens import KeyTokens
+from vitalfew.generate.noise import gumbel_table
 from vitalfew.generate.policies import POLICIES
 from vitalfew.generate.quant import Int8
 
@@ -106,6 +110,38 @@ def test_memory_stays_where_it_is(model):
             assert clock.pos.tolist() == [PROMPT - 5 * row + 4 for row in range(ROWS)]
 
 
+class Asked(TorchDispatchMode):
+    """Counts what waits for a device, or brings numbers of the host to it."""
+
+    COUNTED = frozenset(("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal", "is_nonzero"))
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.COUNTED
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("codec", [None, Int8()], ids=["plain", "int8"])
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_a_step_neither_asks_the_host_nor_is_told(model, policy, codec, monkeypatch):
+    """So that one can be captured."""
+    with KeyTokens(model, 0.5, policy=policy, min_length=0, codec=codec) as few:
+        cache, token = begin(model, few)
+        with cache.steady() as clock:
+            with Asked() as asked, monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "tolist", None)  # which on a CPU goes unseen
+                steady(model, clock, cache, token, 2)
+            # On a CPU alone a codec looks at the scales of each key and value that it writes.
+            assert asked.count == (0 if codec is None else 2 * 2 * len(cache.layers))
+            with Asked() as asked:
+                assert int(clock.seen) + torch.tensor(1) > 0
+            assert asked.count == 3
+
+
 @torch.no_grad()
 def test_the_temperature_ends_where_it_was_planned_to(model):
     with KeyTokens(model, 0.5, min_length=0) as few:
@@ -149,6 +185,34 @@ def test_rows_that_grow_are_refused(model):
 
 
 @torch.no_grad()
+def test_a_refusal_changes_nothing(model):
+    with KeyTokens(model, 0.5, min_length=0) as few:
+        cache, token = begin(model, few)
+        ordinary(model, cache, token, 1)
+        caps = cache.slot_layers[1].evicting.slots.caps
+        cache.slot_layers[1].evicting.slots.caps = [None, *caps[1:]]
+        with pytest.raises(InputError, match="layer 1 has rows that still grow"), cache.steady():
+            pass
+        cache.slot_layers[1].evicting.slots.caps = caps
+        cache.crop(-1)
+        assert cache.length == PROMPT
+
+
+@torch.no_grad()
+def test_what_a_captured_step_reads_stays(model):
+    """Whatever noise others ask for meanwhile."""
+    with KeyTokens(model, 0.5, policy="keyformer-dynamic", min_length=0, seed=7) as few:
+        cache, token = begin(model, few)
+        with cache.steady() as clock:
+            steady(model, clock, cache, token, 1)
+            table = weakref.ref(gumbel_table(7, torch.device("cpu")))
+            gumbel_table.cache_clear()
+            assert table() is not None
+            before = table().data_ptr()
+            assert gumbel_table(7, torch.device("cpu")).data_ptr() != before
+
+
+@torch.no_grad()
 def test_what_cannot_be_done_within_is_refused(model):
     with KeyTokens(model, 0.5, min_length=0) as few:
         cache, token = begin(model, few)
@@ -158,6 +222,13 @@ def test_what_cannot_be_done_within_is_refused(model):
                 model.generate(torch.ones(ROWS, PROMPT + 5, dtype=torch.int64), past_key_values=cache)
             with pytest.raises(InputError, match="cannot take 1 tokens back"):
                 cache.crop(-1)
+            for move in (
+                cache.reset, cache.state_dict, lambda: cache.reorder_cache(torch.arange(ROWS)),
+                lambda: cache.batch_repeat_interleave(2),
+            ):  # fmt: skip
+                with pytest.raises(InputError, match="stay where they are"):
+                    move()
+            steady(model, clock, cache, token, 1)
 
 
 @torch.no_grad()

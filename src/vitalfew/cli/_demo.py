@@ -47,7 +47,7 @@ def run_generate_demo(out: Path, *, command: str, output: Format) -> None:
     from vitalfew.cli._generate import open_model, show_table
     from vitalfew.cli._progress import bars
     from vitalfew.generate.comparing import Course, arms_of, compare_caches, long_enough
-    from vitalfew.generate.comparing_page import facts, findings, frontier_table, make_receipt, write_page
+    from vitalfew.generate.comparing_page import findings, frontier_table, make_receipt, write_page
 
     course, rule = Course(prompt=1024, continued=48), Rule("equal work", tolerance=0.05)
     model, tokenizer = open_model("smollm2")
@@ -64,5 +64,5 @@ def run_generate_demo(out: Path, *, command: str, output: Format) -> None:
         print_json(receipt.to_dict())
     else:
         print_receipt(receipt, output)
-        show_table(frontier_table(compared, found), facts(compared))
+        show_table(frontier_table(compared, found), [])  # the receipt has its notes
     say(f"receipt: {out / 'receipt.json'}  report: {out / 'report.html'}")

@@ -24,7 +24,7 @@ def serve(
     policy: Annotated[str, typer.Option(help="Who stays, as for generate.")] = "keyformer",
     kv_memory: Annotated[str, typer.Option(help="For keys and values of all requests, such as 2GiB.")] = "1GiB",
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="VITALFEW_API_KEY", help="What clients must send; better in the environment.")
     ] = None,
@@ -32,12 +32,13 @@ def serve(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most; else the context's end.")] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take, its waiting included.")] = 600,
-    drain: Annotated[int, typer.Option(help="Seconds that running answers have after SIGTERM.")] = 60,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that running answers have after SIGTERM.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the policy's noise.")] = 0,
 ) -> None:
     """Answer OpenAI-style requests over HTTP.
 
-    The keys and values of all requests stay within --kv-memory. Ctrl-C or SIGTERM lets running answers finish.
+    The keys and values of all requests stay within --kv-memory. Ctrl-C or SIGTERM lets running answers finish; a
+    second one ends them.
     """
     from vitalfew.cli._generate import open_model
     from vitalfew.core import need
@@ -45,7 +46,7 @@ def serve(
     from vitalfew.generate.server.serving import Serving, Settings
 
     settings = Settings(
-        name or Path(model).name, budget_of(budget), policy, seed=seed, kv_memory=kv_memory, queue=queue,
+        name or Path(model).resolve().name, budget_of(budget), policy, seed=seed, kv_memory=kv_memory, queue=queue,
         timeout=timeout, max_tokens=max_tokens, api_key=api_key,
     )  # fmt: skip
     for module in ("fastapi", "uvicorn"):

@@ -13,14 +13,20 @@ What the token votes for is in `_kernels_triton_votes`, what a prompt does in `_
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "inner", "shares", "widths", "write"]
+__all__ = ["FUSED", "attend", "column", "inner", "shares", "widths", "write"]
+
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+"""Said at each launch: what Triton does by itself is to change, of which it warns."""
 
 _MOST_SPLITS = 64
+_TILE_BYTES = 1 << 14
+"""Of keys that a program loads at a time; as many of values, and what is fetched ahead, share its fast memory."""
 
 
 @triton.jit
@@ -61,9 +67,9 @@ def _attend(
     for start in range(split * chunk, end, BLOCK):
         c = start + tl.arange(0, BLOCK)
         at = tl.load(pos + c, mask=c < end, other=-1)
-        live = at >= 0
+        live, place = at >= 0, c.to(tl.int64)[:, None]
         # What an empty slot holds, which may be no number, is not loaded.
-        k = tl.load(keys + c[:, None] * k_slot + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
+        k = tl.load(keys + place * k_slot + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         x = _bent(x, softcap, bias, at[None, :], here, CAPPED, SLOPED)
         x = tl.where(live[None, :], x, float("-inf"))
@@ -72,7 +78,7 @@ def _attend(
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp(x - base[:, None])
         fade = tl.exp(high - base)
-        v = tl.load(values + c[:, None] * v_slot + w[None, :], mask=live[:, None] & (w < OUT)[None, :], other=0.0)
+        v = tl.load(values + place * v_slot + w[None, :], mask=live[:, None] & (w < OUT)[None, :], other=0.0)
         whole = whole * fade + tl.sum(p, 1)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         high = new
@@ -143,6 +149,11 @@ def inner(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def column(tensor: torch.Tensor) -> torch.Tensor:
+    """Return one float32 number per head in one piece of memory, whatever a model keeps."""
+    return tensor.float().contiguous()
+
+
 def widths(keys: torch.Tensor, values: torch.Tensor) -> dict[str, int]:
     """Return the sizes of a head, and the powers of two that cover them."""
     dim, out = keys.shape[-1], values.shape[-1]
@@ -158,7 +169,8 @@ def attend(
     rows, heads, group, _ = query.shape
     slots, shape = keys.shape[2], widths(keys, values)
     query, keys, values, pos = (inner(each) for each in (query.flatten(1, 2), keys, values, pos))
-    block = 64 if max(shape["WIDE"], shape["OUT_WIDE"]) * keys.element_size() <= 256 else 32
+    query_pos = query_pos.contiguous()  # one column of many, where several tokens come one after another
+    block = min(64, max(16, _TILE_BYTES // (max(shape["WIDE"], shape["OUT_WIDE"]) * keys.element_size())))
     splits, chunk = shares(slots, rows * heads, block, query.device)
     logits = torch.empty((rows, heads, group, slots), dtype=torch.float32, device=query.device)
     top, total = torch.empty((2, rows, heads, splits, group), dtype=torch.float32, device=query.device)
@@ -166,14 +178,14 @@ def attend(
     out = torch.empty((rows, heads, group, shape["OUT"]), dtype=query.dtype, device=query.device)
     with torch.cuda.device_of(query):
         _attend[(rows, heads, splits)](
-            query, keys, values, pos, query_pos, logits if slopes is None else slopes.float(), logits, top, total, part,
+            query, keys, values, pos, query_pos, logits if slopes is None else column(slopes), logits, top, total, part,
             *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], *pos.stride()[:2], slots, chunk,
             float(scale), float(softcap or 0.0), CAPPED=softcap is not None, SLOPED=slopes is not None, GROUP=group,
-            LINES=triton.next_power_of_2(group), **shape, BLOCK=block, num_warps=4, num_stages=3,
+            LINES=triton.next_power_of_2(group), **shape, BLOCK=block, num_warps=4, num_stages=3, **FUSED,
         )  # fmt: skip
         _combine[(rows * heads, group)](
-            top, total, part, top if sinks is None else sinks.float(), out, splits, heads, SINKS=sinks is not None,
-            GROUP=group, OUT=shape["OUT"], OUT_WIDE=shape["OUT_WIDE"], SPLITS=triton.next_power_of_2(splits),
+            top, total, part, top if sinks is None else column(sinks), out, splits, heads, SINKS=sinks is not None,
+            GROUP=group, OUT=shape["OUT"], OUT_WIDE=shape["OUT_WIDE"], SPLITS=triton.next_power_of_2(splits), **FUSED,
         )  # fmt: skip
     return out, logits
 
@@ -183,9 +195,13 @@ def write(
     key: torch.Tensor, value: torch.Tensor, new_pos: torch.Tensor,
 ) -> None:  # fmt: skip
     """Put one token per row, ``(B, H, d)`` at positions ``(B,)``, into the marked slots ``(B, H)``."""
-    key, value = inner(key), inner(value)
+    for each in (keys, values, pos, score):
+        assert each.stride(-1) == 1, "slots are written where they are"
+        assert 0 not in each.stride(), "no two heads share a slot"
+    key, value, marked, new_pos = inner(key), inner(value), marked.contiguous(), new_pos.contiguous()
     with torch.cuda.device_of(keys):
         _write[tuple(key.shape[:2])](
             keys, values, pos, score, marked, key, value, new_pos, *keys.stride()[:3], *values.stride()[:3],
-            *pos.stride()[:2], *score.stride()[:2], *key.stride()[:2], *value.stride()[:2], **widths(keys, values),
+            *pos.stride()[:2], *score.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+            **widths(keys, values), **FUSED,
         )  # fmt: skip

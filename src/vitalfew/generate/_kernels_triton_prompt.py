@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalfew.generate._kernels_triton import _bent, inner, widths
+from vitalfew.generate._kernels_triton import FUSED, _bent, column, inner, widths
 from vitalfew.generate._kernels_triton_votes import _MASK, _starts, signed
 from vitalfew.generate.noise import gumbel_table
 
@@ -53,21 +53,23 @@ def _grown(x, high, whole):
     return new, whole * fade + tl.sum(p, 1), p, fade
 
 
-@triton.jit(do_not_specialize=["key"])
+# A prompt of another length is no reason to compile anew.
+@triton.jit(do_not_specialize=["key", "n", "m", "p_row", "p_head", "p2_row"])
 def _attend(
     query, keys, values, key_pos, query_pos, slopes, sinks, gumbel, out, sums, key, cool,
     q_row, q_head, q_line, k_row, k_head, k_line, v_row, v_head, v_line, p_row, p_head, p2_row, o_row, o_line,
-    all_heads, n, m, scale, softcap,
+    n, m, scale, softcap,
     CAPPED: tl.constexpr, SLOPED: tl.constexpr, SINKS: tl.constexpr, NOISY: tl.constexpr, SECOND: tl.constexpr,
     ORDERED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr,
     OUT_WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)  # the longest first
-    row, head = pair // all_heads, pair % all_heads
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i, d, w = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDE), tl.arange(0, OUT_WIDE)
     here = tl.load(query_pos + row * p2_row + i, mask=i < n, other=-1).to(tl.int32)
+    line = i.to(tl.int64)[:, None]
     q = tl.load(
-        query + row * q_row + head * q_head + i[:, None] * q_line + d[None, :],
+        query + row * q_row + head * q_head + line * q_line + d[None, :],
         mask=(i < n)[:, None] & (d < DIM)[None, :], other=0.0,
     )  # fmt: skip
     bias = tl.load(slopes + head) if SLOPED else 0.0
@@ -85,11 +87,11 @@ def _attend(
     for first in range(0, end, KEYS):
         j = first + tl.arange(0, KEYS)
         at = tl.load(key_pos + j, mask=j < m, other=-1)
-        live = at >= 0
-        k = tl.load(keys + j[None, :] * k_line + d[:, None], mask=live[None, :] & (d < DIM)[:, None], other=0.0)
+        live, place = at >= 0, j.to(tl.int64)
+        k = tl.load(keys + place[None, :] * k_line + d[:, None], mask=live[None, :] & (d < DIM)[:, None], other=0.0)
         x = _logits(q, k, at, here, bias, scale, softcap, CAPPED, SLOPED)
         high, whole, p, fade = _grown(x, high, whole)
-        v = tl.load(values + j[:, None] * v_line + w[None, :], mask=live[:, None] & (w < OUT)[None, :], other=0.0)
+        v = tl.load(values + place[:, None] * v_line + w[None, :], mask=live[:, None] & (w < OUT)[None, :], other=0.0)
         result = result * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         if SECOND:
             high2, whole2, _, _ = _grown(_cooled(x, gumbel, start, at, cool, NOISY), high2, whole2)
@@ -99,7 +101,7 @@ def _attend(
         seen, votes_high, votes_whole = whole > 0.0, high, whole
     # A query that sees nothing votes for nothing.
     log_sum = tl.where(seen, votes_high + tl.log(tl.where(seen, votes_whole, 1.0)), float("inf"))
-    tl.store(sums + pair * n + i, log_sum, mask=i < n)
+    tl.store(sums + (row * tl.num_programs(1) + head) * n + i, log_sum, mask=i < n)
     if SINKS:
         sink = tl.load(sinks + head)
         top = tl.maximum(high, sink)
@@ -108,25 +110,24 @@ def _attend(
         whole = whole * fade + tl.exp(sink - top)
     result = result / tl.where(whole > 0.0, whole, 1.0)[:, None]
     tl.store(
-        out + row * o_row + i[:, None] * o_line + head * OUT + w[None, :], result.to(out.dtype.element_ty),
+        out + row * o_row + line * o_line + head * OUT + w[None, :], result.to(out.dtype.element_ty),
         mask=(i < n)[:, None] & (w < OUT)[None, :],
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "n", "m", "begin", "p_row", "p_head", "p2_row"])
 def _cast(
     query, keys, key_pos, query_pos, slopes, gumbel, sums, voices, cast, key, cool,
-    q_row, q_head, q_line, k_row, k_head, k_line, p_row, p_head, p2_row, all_heads, n, m, begin, scale, softcap,
+    q_row, q_head, q_line, k_row, k_head, k_line, p_row, p_head, p2_row, n, m, begin, scale, softcap,
     CAPPED: tl.constexpr, SLOPED: tl.constexpr, NOISY: tl.constexpr, ORDERED: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    heads = all_heads // GROUP
-    row, head = pair // heads, pair % heads
+    block, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    pair = row * tl.num_programs(1) + head
     j, d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDE)
     at = tl.load(key_pos + row * p_row + head * p_head + j, mask=j < m, other=-1)
     k = tl.load(
-        keys + row * k_row + head * k_head + j[None, :] * k_line + d[:, None],
+        keys + row * k_row + head * k_head + j.to(tl.int64)[None, :] * k_line + d[:, None],
         mask=(at >= 0)[None, :] & (d < DIM)[:, None], other=0.0,
     )  # fmt: skip
     got = tl.zeros([KEYS], tl.float32)
@@ -140,10 +141,10 @@ def _cast(
             i = first + tl.arange(0, QUERIES)
             here = tl.load(query_pos + row * p2_row + i, mask=i < n, other=-1).to(tl.int32)
             q = tl.load(
-                query + row * q_row + mine * q_head + i[:, None] * q_line + d[None, :],
+                query + row * q_row + mine * q_head + i.to(tl.int64)[:, None] * q_line + d[None, :],
                 mask=(i < n)[:, None] & (d < DIM)[None, :], other=0.0,
             )  # fmt: skip
-            log_sum = tl.load(sums + (row * all_heads + mine) * n + i, mask=i < n, other=float("inf"))
+            log_sum = tl.load(sums + (pair * GROUP + g) * n + i, mask=i < n, other=float("inf"))
             voice = tl.load(voices + row * n + i, mask=i < n, other=0.0)
             x = _logits(q, k, at, here, bias, scale, softcap, CAPPED, SLOPED)
             y = _cooled(x, gumbel, _starts(key, mine, here), at, cool, NOISY)
@@ -185,7 +186,7 @@ def attend_and_vote(
     sums = torch.empty((rows, all_heads, n), dtype=torch.float32, device=device)
     voting = votes if voices is not None else None
     noise, tau = (None, 1.0) if voting is None else (voting.noise, voting.tau)
-    slopes, sinks = (sums if each is None else each.float() for each in (form.slopes, form.sinks))
+    slopes, sinks = (sums if each is None else column(each) for each in (form.slopes, form.sinks))
     table = sums if noise is None else gumbel_table(noise.seed, device)
     key = 0 if noise is None else signed(noise.key)
     what: dict[str, Any] = {
@@ -193,23 +194,23 @@ def attend_and_vote(
         "ORDERED": ordered, "GROUP": all_heads // heads,
     }  # fmt: skip
     queries, block = (32, 32) if query.element_size() > 2 else (128, 64)
-    if max(shape["WIDE"], shape["OUT_WIDE"]) > 128:
-        queries, block = queries // 2, block // 2
-    tile = {"QUERIES": queries, "KEYS": block, "num_warps": 8 if queries == 128 else 4}
+    over = max(1, max(shape["WIDE"], shape["OUT_WIDE"]) // 128)
+    queries, block = max(16, queries // over), max(16, block // over)
+    tile: dict[str, Any] = {"QUERIES": queries, "KEYS": block, "num_warps": 8 if queries == 128 else 4, **FUSED}
     scalars = (float(form.scale), float(form.softcap or 0.0))
     places = (*query.stride()[:3], *keys.stride()[:3])
     ats = (*key_pos.stride()[:2], query_pos.stride(0))
     with torch.cuda.device_of(query):
-        _attend[(triton.cdiv(n, tile["QUERIES"]), rows * all_heads)](
+        _attend[(triton.cdiv(n, queries), all_heads, rows)](
             query, keys, values, key_pos, query_pos, slopes, sinks, table, out, sums, key, 1 / tau, *places,
-            *values.stride()[:3], *ats, *out.stride()[:2], all_heads, n, m, *scalars, SINKS=form.sinks is not None,
+            *values.stride()[:3], *ats, *out.stride()[:2], n, m, *scalars, SINKS=form.sinks is not None,
             SECOND=noise is not None or tau != 1.0, **what, **shape, **tile,
         )  # fmt: skip
         if voices is None:
             return out, None
         cast = torch.empty((rows, heads, m), dtype=torch.float32, device=device)
-        _cast[(triton.cdiv(m, tile["KEYS"]), rows * heads)](
+        _cast[(triton.cdiv(m, block), heads, rows)](
             query, keys, key_pos, query_pos, slopes, table, sums, voices.contiguous(), cast, key, 1 / tau, *places,
-            *ats, all_heads, n, m, begin, *scalars, **what, DIM=shape["DIM"], WIDE=shape["WIDE"], **tile,
+            *ats, n, m, begin, *scalars, **what, DIM=shape["DIM"], WIDE=shape["WIDE"], **tile,
         )  # fmt: skip
     return out, cast

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalfew.generate._kernels_triton import inner, shares
+from vitalfew.generate._kernels_triton import FUSED, inner, shares
 from vitalfew.generate.noise import POOL, Noise, gumbel_table
 
 __all__ = ["signed", "vote_and_mark"]
@@ -68,7 +68,7 @@ def _ballot(
     row, head = pair // heads, pair % heads
     g = tl.arange(0, LINES)
     if COOLS:
-        cool = 1.0 / tl.load(cools + row)
+        cool = 1.0 / tl.load(cools + row).to(tl.float32)
     start = _starts(key, head * GROUP + g, tl.load(query_pos + row))
     pos += row * p_row + head * p_head
     high = tl.full([LINES], float("-inf"), tl.float32)
@@ -96,7 +96,7 @@ def _pick(rank, score, at, slot):
     return low, least, oldest, tl.min(tl.where(same & (at == oldest), slot, _FAR), 0)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "recent"])
 def _vote(
     score, logits, pos, query_pos, gumbel, key, cool, cools, recent, recents, top, total, ranks, scores, ages, picks,
     s_row, s_head, p_row, p_head, heads, slots, chunk,
@@ -108,7 +108,7 @@ def _vote(
     row, head = pair // heads, pair % heads
     g, s = tl.arange(0, LINES), tl.arange(0, SPLITS)
     if COOLS:
-        cool = 1.0 / tl.load(cools + row)
+        cool = 1.0 / tl.load(cools + row).to(tl.float32)
     if WINDOWS:
         recent = tl.load(recents + row).to(tl.int32)
     here = tl.load(query_pos + row)
@@ -183,11 +183,15 @@ def vote_and_mark(
     marked = torch.empty((rows, heads), dtype=torch.int64, device=device)
     table = logits if noise is None else gumbel_table(noise.seed, device)
     key = 0 if noise is None else signed(noise.key)
-    cool, cools = (0.0, tau) if isinstance(tau, torch.Tensor) else (1 / tau, logits)
-    window, windows = (0, recent) if isinstance(recent, torch.Tensor) else (recent, logits)
+    # What a caller slices out of something larger is laid out anew; what a step can capture is in one piece already.
+    logits, query_pos = logits.contiguous(), query_pos.contiguous()
+    cool, cools = (0.0, tau.contiguous()) if isinstance(tau, torch.Tensor) else (1 / tau, logits)
+    window, windows = (0, recent.contiguous()) if isinstance(recent, torch.Tensor) else (recent, logits)
     sizes: dict[str, Any] = {
-        "NOISY": noise is not None, "COOLS": cools is tau, "GROUP": group, "LINES": lines, "TILE": tile, "num_warps": 4
+        "NOISY": noise is not None, "COOLS": cools is not logits, "GROUP": group, "LINES": lines, "TILE": tile,
+        "num_warps": 4, **FUSED,
     }  # fmt: skip
+    assert score.stride(-1) == 1, "scores are added to where they are"
     pos, width = inner(pos), triton.next_power_of_2(splits)
     with torch.cuda.device_of(logits):
         _ballot[(rows * heads, splits)](
@@ -195,8 +199,8 @@ def vote_and_mark(
         )
         _vote[(rows * heads, splits)](
             score, logits, pos, query_pos, table, key, cool, cools, window, windows, top, total, ranks, scores, ages,
-            picks, *score.stride()[:2], *pos.stride()[:2], heads, slots, chunk, WINDOWS=windows is recent,
+            picks, *score.stride()[:2], *pos.stride()[:2], heads, slots, chunk, WINDOWS=windows is not logits,
             SPLITS=width, **sizes,
         )  # fmt: skip
-        _mark[(rows * heads,)](ranks, scores, ages, picks, marked, splits, SPLITS=width)
+        _mark[(rows * heads,)](ranks, scores, ages, picks, marked, splits, SPLITS=width, **FUSED)
     return marked

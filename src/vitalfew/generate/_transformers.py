@@ -1,12 +1,10 @@
-"""The slot cache as transformers knows it: a cache, an attention function and a mask function. No model is edited."""
+"""The slot cache as transformers knows it: slots for layers with full attention, its own layers for the rest."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import (
@@ -18,15 +16,14 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate._transformers_attention import link, served
 from vitalfew.generate.evicting import EvictingLayer
 from vitalfew.generate.request import Plan, Request
-from vitalfew.generate.scores import Logits, attend_masked
 from vitalfew.generate.steady import Clock
 
-__all__ = ["SlotCache", "SlotLayer", "attend_module", "link", "served", "settled", "slot_attention", "slot_mask"]
+__all__ = ["SlotCache", "SlotLayer", "settled"]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -52,6 +49,8 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand the new tokens on to the attention function, which puts them into slots."""
+        if not served:
+            raise InputError("the KeyTokens of this cache was undone", hint="use its caches before undo()")
         self.is_initialized = True
         link.hand_over(self, key_states)
         return key_states, value_states
@@ -69,27 +68,37 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        request = self.evicting.request
-        self.evicting = EvictingLayer(self.evicting.layer, request)
+        self.evicting.request.check_movable()
+        self.evicting = EvictingLayer(self.evicting.layer, self.evicting.request)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise InputError(f"cannot crop to {tokens_to_remove} tokens", hint="pass minus the tokens to remove")
         self.evicting.undo(-tokens_to_remove)
         if self.evicting.slots is not None:
             self.evicting.slots.forget_log()
 
     def activate_past_recording(self) -> None:
-        self.evicting.request.recording = True
+        self.record_past = True
+
+    @property
+    def record_past(self) -> bool:
+        """Whether later tokens can be taken back; transformers sets it to False when it hands a cache back."""
+        return self.evicting.request.recording
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        self.evicting.request.recording = on
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.evicting.request.check_movable()
         if self.evicting.slots is not None:
-            self.evicting.select_rows(beam_idx)
+            # Whatever takes rows of a tensor: numbers, also from the end, or flags.
+            self.evicting.select_rows(torch.arange(self.batch_size)[beam_idx.cpu()])
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.evicting.request.check_movable()
         if self.evicting.slots is not None:
             self.evicting.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
@@ -113,6 +122,7 @@ class SlotCache(Cache):
         super().__init__(layers=layers)
         self.torn = False
         self._began: tuple[list[Any], list[tuple[Any, dict[str, Any]]]] | None = None
+        self._due = 0
         for layer in self.slot_layers:
             layer.cache = self
 
@@ -172,8 +182,16 @@ class SlotCache(Cache):
             clock.stop()
         self.request.check_sound()
 
-    def begin(self) -> None:
-        """Remember what a call of the model must leave as it is, should it fail."""
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise InputError(f"cannot crop to {tokens_to_remove} tokens", hint="pass minus the tokens to remove")
+        for layer in self.slot_layers:
+            layer.evicting.check_undo(-tokens_to_remove)  # before other layers forget theirs
+        super().crop(tokens_to_remove)
+
+    def begin(self, count: int) -> None:
+        """Remember what a call of the model with so many tokens must leave as it is, should it fail."""
+        self.request.forget()
         self.settle()  # after a call that ended without a word, by Ctrl-C for one
         if self.torn:
             raise InputError(
@@ -182,9 +200,19 @@ class SlotCache(Cache):
             )
         others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, SlotLayer)]
         self._began = [_extent(layer) for layer in self.slot_layers], others
+        self._due = self.length + count
 
     def end(self) -> None:
-        """Let the call stand."""
+        """Let the call stand, if all layers took its tokens in."""
+        if self.request.clock is None:
+            for layer in self.slot_layers:
+                if layer.evicting.length != self._due:
+                    k, have = layer.evicting.layer, layer.evicting.length
+                    self.settle()
+                    raise InputError(
+                        f"after a call layer {k} holds {have} tokens of {self._due}, so it used another cache or none",
+                        hint="gradient checkpointing in training mode turns caches off: call model.eval()",
+                    )
         self._began = None
 
     def settle(self) -> None:
@@ -212,11 +240,12 @@ class SlotCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.torn, self._began = False, None
+        self.torn, self._began, self.request.recording = False, None, False
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here."""
         request = self.request
+        request.check_movable()
         return {
             "prompt": request.prompt, "planned": request.planned,
             "layers": [layer.evicting.state_dict() for layer in self.slot_layers],
@@ -231,6 +260,7 @@ class SlotCache(Cache):
                 hint="load it into a cache of the model it was saved from",
             )
         self.expect(state["prompt"], state["planned"])
+        self.torn, self._began = False, None
         for layer, saved in zip(self.slot_layers, state["layers"], strict=True):
             layer.evicting.load_state_dict(saved)
             layer.is_initialized = True
@@ -262,130 +292,6 @@ def _extent(layer: SlotLayer) -> tuple[int, list[int] | None]:
     """Return what shows whether a layer took something in."""
     slots = layer.evicting.slots
     return layer.evicting.length, None if slots is None else list(slots.filled)
-
-
-class _Link(threading.local):
-    """Tells the attention function of a thread whose new tokens it was just given."""
-
-    layer: SlotLayer | None = None
-    key: torch.Tensor | None = None
-
-    def hand_over(self, layer: SlotLayer, key: torch.Tensor) -> None:
-        self.check()
-        self.layer, self.key = layer, key
-
-    def check(self) -> None:
-        """Raise if nobody asked for the last tokens."""
-        lost = self.layer
-        if lost is not None:
-            self.clear()
-            raise InputError(
-                f"the attention of layer {lost.evicting.layer} never asked for its slots, so nothing would be evicted",
-                hint="this model cannot be served; `vitalfew doctor` names families that can",
-            )
-
-    def claim(self, key: torch.Tensor) -> SlotLayer | None:
-        layer, self.layer = self.layer, None
-        known, self.key = self.key, None
-        return layer if known is key else None
-
-    def clear(self) -> None:
-        self.layer = self.key = None
-
-
-link = _Link()
-served: WeakSet[torch.nn.Module] = WeakSet()
-"""Modules of the models that are enabled: a configuration may be shared with models that are not."""
-
-
-def slot_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    softcap: float | None = None, s_aux: torch.Tensor | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attend over the slots of the layer whose `update` gave these keys; without one, over the keys themselves."""
-    name = type(module).__name__
-    if kwargs.get("position_bias") is not None:
-        raise InputError(f"{name} adds a bias of its own", hint="this model cannot be served")
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise InputError(f"{name} does not attend to earlier tokens alone", hint="only decoders of text can be served")
-    form = Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks=s_aux)
-    return attend_module(module, query, key, value, attention_mask, form, dropout), None
-
-
-def attend_module(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, form: Logits, dropout: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
-    """Do what `slot_attention` does, once it is known how logits are made; ``(B, n, Hq, d)``."""
-    if dropout:
-        raise InputError("slots are for generation, but the model is in training mode", hint="call model.eval() first")
-    layer = link.claim(key)
-    if layer is not None:
-        return attend(layer, query, key, value, attention_mask, form)
-    if attention_mask is not None and attention_mask.ndim == 4:  # a sliding layer
-        return attend_masked(query, key, value, form, attention_mask)
-    rows, count, total = query.shape[0], query.shape[2], key.shape[2]
-    if total != count and module in served:
-        raise InputError(
-            "these keys come from another cache, which evicts nothing",
-            hint="pass past_key_values=few.cache(), or none to generate()",
-        )
-    # No cache at all, or another model that shares this one's configuration: plain attention, with its gradients.
-    at = torch.arange(total, device=key.device)
-    mask = (at[None] <= at[-count:, None])[None, None]
-    if attention_mask is not None:
-        # A query that is padding sees itself alone, so that nothing is divided by zero.
-        mask = mask & attention_mask[:, None, None] | (at[None] == at[-count:, None])
-    mask = mask.expand(rows, -1, -1, -1)
-    if form.slopes is not None:
-        bias = form.slopes.to(query.dtype)[:, None, None] * (at[None] - at[-count:, None])
-        mask, form = torch.where(mask, bias, torch.finfo(query.dtype).min), Logits(form.scale)
-    return attend_masked(query, key, value, form, mask)
-
-
-def attend(
-    layer: SlotLayer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    form: Logits,
-) -> torch.Tensor:
-    """Put new tokens into a layer's slots and attend; if that fails, all layers are as before the call."""
-    if mask is not None and mask.ndim != 2:
-        raise InputError(
-            f"the attention mask has {mask.ndim} dimensions",
-            hint="pass a mask of 0 and 1 over all tokens, (rows, tokens)",
-        )
-    try:
-        with torch.no_grad():
-            return layer.evicting.attend(query, key, value, mask, form)
-    except BaseException:
-        link.clear()
-        if layer.cache is not None:
-            layer.cache.settle()
-        raise
-
-
-def slot_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-    mask_function: Any = causal_mask_function, attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None, **kwargs: Any,
-) -> torch.Tensor | None:  # fmt: skip
-    """Return the padding of all tokens so far, and the whole mask for sliding layers."""
-    if local_size is not None:
-        kwargs["allow_is_causal_skip"] = False
-        whole: torch.Tensor | None = sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
-        )
-        return whole
-    if mask_function is not causal_mask_function:
-        raise InputError(
-            "the model wants more than a causal mask with padding (packed sequences, images, or a mask of its own)",
-            hint="generate from padded rows of text",
-        )
-    return attention_mask
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
-from vitalfew.generate._transformers import attend_module
+from vitalfew.generate._transformers_attention import attend_module
 from vitalfew.generate.scores import Logits
 
 __all__ = ["methods"]

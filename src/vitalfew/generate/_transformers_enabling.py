@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import MethodType
@@ -14,7 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from vitalfew.core.errors import InputError
-from vitalfew.generate._transformers import SlotCache, link, served, slot_attention, slot_mask
+from vitalfew.generate._transformers import SlotCache
+from vitalfew.generate._transformers_attention import link, served, slot_attention, slot_mask
 from vitalfew.generate._transformers_families import position_limit
 from vitalfew.generate.families import ADAPTED
 
@@ -48,9 +51,9 @@ def enable(model: PreTrainedModel) -> ExitStack:
             config._attn_implementation_internal = NAME
         if text.model_type in ADAPTED:
             _adapt(model, stack)
-        limit = position_limit(model)
-        stack.callback(model.register_forward_pre_hook(partial(_before_call, limit), with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(_after_call, with_kwargs=True).remove)
+        limit, names = position_limit(model), list(inspect.signature(model.forward).parameters)
+        stack.callback(model.register_forward_pre_hook(partial(_before_call, limit, names), with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(partial(_after_call, names), with_kwargs=True).remove)
         served.update(model.modules())
         return stack.pop_all()
 
@@ -88,17 +91,30 @@ def _set_method(module: torch.nn.Module, name: str, function: Any, stack: ExitSt
     own[name] = MethodType(function, module)
 
 
-def _before_call(limit: int | None, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_call(
+    limit: int | None, names: Sequence[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Refuse what a call of the model cannot have with slots, and remember where it began."""
     link.clear()
-    if kwargs.get("output_attentions"):
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("output_attentions"):
         raise InputError("attention weights are not kept", hint="leave out output_attentions")
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if given.get("cache") is not None:
+        raise InputError("continuous batching has a cache of pages, which evicts nothing", hint="use `vitalfew serve`")
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
     if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         mask = None
     if not isinstance(cache, SlotCache):
         return
-    new = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+    new = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+    if new is None or new.ndim < 2 or not new.numel():
+        said = "nothing" if new is None else f"the shape {tuple(new.shape)}"
+        raise InputError(f"the model was called without tokens, with {said}", hint="pass input_ids, (rows, tokens)")
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(cache) != layers:
+        raise InputError(
+            f"this cache has {len(cache)} layers, the model {layers}", hint="use a cache of this model's KeyTokens"
+        )
     tokens = cache.length + new.shape[1]
     if mask is not None and cache.length < (cache.request.prompt or 0) <= tokens:
         _check_ends(mask[:, : cache.request.prompt])
@@ -109,12 +125,14 @@ def _before_call(limit: int | None, model: PreTrainedModel, args: tuple[Any, ...
                 f"{tokens} tokens are more than the {limit} positions that this model knows",
                 hint="shorten the prompt or max_new_tokens",
             )
-    cache.begin()
+    cache.begin(new.shape[1])
 
 
-def _after_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _after_call(
+    names: Sequence[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
     link.check()
-    cache = kwargs.get("past_key_values")
+    cache = (dict(zip(names, args, strict=False)) | kwargs).get("past_key_values")
     if isinstance(cache, SlotCache):
         cache.end()
 

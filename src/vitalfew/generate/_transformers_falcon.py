@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-from vitalfew.generate._transformers import attend_module
+from vitalfew.generate._transformers_attention import attend_module
 from vitalfew.generate.scores import Logits
 
 __all__ = ["methods"]

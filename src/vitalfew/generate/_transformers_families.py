@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vitalfew.core.errors import InputError
 from vitalfew.generate.families import ADAPTED, SEEN
 
-__all__ = ["check_model", "head_shape", "position_limit", "slot_layers", "supported"]
+__all__ = ["check_model", "head_shape", "position_limit", "slot_layers", "supported", "window_tokens"]
 
-VERSIONS = ((5, 17), (5, 23))
+VERSIONS = ((5, 23), (5, 23))
 """The first and the last version of transformers whose caches are known."""
 
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention", "conv", "linear_attention", "dummy")
@@ -30,6 +30,12 @@ def check_model(model: PreTrainedModel) -> None:
             f"transformers {transformers.__version__} was never tested here",
             hint=f"install transformers {low} to {high}",
         )
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a model of transformers is needed, got {type(model).__name__}", hint="pass what from_pretrained returned"
+        )
+    if not callable(getattr(model, "generate", None)):
+        raise InputError(f"{type(model).__name__} does not generate", hint="load it with AutoModelForCausalLM")
     config = model.config.get_text_config(decoder=True)
     reason = _of_class(type(model), config.model_type) or _of_config(config)
     if reason:
@@ -90,6 +96,12 @@ def slot_layers(config: PreTrainedConfig) -> list[int]:
     """Return the layers whose keys and values grow with the text."""
     kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
     return [k for k, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def window_tokens(config: PreTrainedConfig) -> int:
+    """Return how many tokens a row has in all layers with a window, once each is full."""
+    kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[1]
+    return sum(each["sliding_window"] - 1 for each in kwargs if "sliding_window" in each)
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

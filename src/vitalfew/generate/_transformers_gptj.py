@@ -9,7 +9,7 @@ import torch
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from vitalfew.generate._transformers import attend_module
+from vitalfew.generate._transformers_attention import attend_module
 from vitalfew.generate.scores import Logits
 
 __all__ = ["methods"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
-from vitalfew.generate._transformers import attend_module
+from vitalfew.generate._transformers_attention import attend_module
 from vitalfew.generate.scores import Logits
 
 __all__ = ["methods"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate.choosing import cap_of, check_spans, choose
 from vitalfew.generate.noise import Noise
 from vitalfew.generate.packed import attend_held
 from vitalfew.generate.request import NewTokens, Request
 from vitalfew.generate.scores import Logits, Votes, attend_prompt, later_votes, vote_and_mark
-from vitalfew.generate.select import next_slot, prompt_tokens
+from vitalfew.generate.select import next_slot
 from vitalfew.generate.slots import Slots
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class EvictingLayer:
         self.length = 0
         self.prompt_end = 0
         self.mass: torch.Tensor | None = None
+        self._cast: torch.Tensor | None = None  # votes of a prompt that goes on, (B, H, slots in use)
         self._windows: tuple[tuple[int | None, ...], torch.Tensor | int] | None = None
 
     @property
@@ -76,11 +78,9 @@ class EvictingLayer:
         if self.slots is None:
             self.slots = Slots(key, value, self.request.plan.codec)
         slots, count = self.slots, key.shape[2]
-        if (key.shape[0], key.shape[1]) != tuple(slots.keys.shape[:2]) or key.dtype != slots.dtype:
-            raise InputError(
-                f"this cache holds {slots.keys.shape[0]} rows of {slots.dtype}, got {key.shape[0]} of {key.dtype}",
-                hint="use a fresh cache for another batch, or another dtype",
-            )
+        if slots.keys.device != key.device:
+            self.to(key.device)
+        slots.check_kind(key, value)
         tokens = self.request.new_tokens(mask, self.length, count, slots.counts, key.device)
         # A chunk of a prompt may be padding alone, as long as its row has tokens in a later one.
         if not min(tokens.counts) and self.length + count >= (self.request.prompt or 0):
@@ -98,6 +98,11 @@ class EvictingLayer:
                     key.device,
                 )
             parts.append(self._prompt(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], part, form))
+        if any(after - before != count - prompt for before, after in zip(slots.counts, tokens.counts, strict=True)):
+            raise InputError(
+                "a row has padding after its prompt, where each token takes the place of another",
+                hint="pass a real token for every row, or the tokens of a later turn together",
+            )
         for k in range(prompt, count):
             one = slice(k, k + 1)
             parts.append(self._step(query[:, :, one], key[:, :, k], value[:, :, k], tokens.pos[:, k], form))
@@ -127,11 +132,16 @@ class EvictingLayer:
                     f"layer {self.layer} has attention weights that are not finite",
                     hint="check the inputs, or use float32",
                 )
-            slots.score[:, :, : slots.used] += cast
+            if self._cast is not None:
+                cast += functional.pad(self._cast, (0, cast.shape[2] - self._cast.shape[2]))
+            self._cast = cast
         self.length += count
         slots.counts = list(tokens.counts)
         if ends or plan.each_chunk:
-            self._choose(range(len(slots.counts)), whole=tokens.whole and first, voted=cast is not None)
+            cast, self._cast = self._cast, None
+            self._choose(range(len(slots.counts)), cast, whole=tokens.whole and first)
+            if ends:
+                check_spans(slots, plan)
             slots.settle()
             self.prompt_end = self.length
             request.prompt_done = time.perf_counter()
@@ -143,97 +153,20 @@ class EvictingLayer:
         voters = plan.policy.voters if plan.voters is None or plan.policy.voters == 0 else plan.voters
         if plan.keep is None or voters == 0:
             return None
-        if voters is not None and self.request.prompt is not None:
+        # What is chosen from at once is chosen from by its own queries.
+        if voters is not None and self.request.prompt is not None and not plan.each_chunk:
             voters = max(0, min(count, self.length + count - (self.request.prompt - voters)))
             if not voters:
                 return None
         tau = plan.policy.temperature(0, self.request.planned)
         return Votes(voters, tau, Noise(plan.seed, self.layer) if plan.policy.noise else None)
 
-    def _choose(self, rows: Sequence[int], *, whole: bool = False, voted: bool = False) -> None:
+    def _choose(self, rows: Sequence[int], cast: torch.Tensor | None = None, *, whole: bool = False) -> None:
         """Keep what these rows may hold, drop the rest, and mark what goes next."""
-        slots, request = self.slots, self.request
-        assert slots is not None
-        plan, policy = request.plan, request.plan.policy
-        caps = list(slots.caps)
-        for row in rows:
-            caps[row] = self._cap(row)
-        used = slots.used
-        keep = [count if cap is None else min(cap, count) for cap, count in zip(caps, slots.counts, strict=True)]
-        # A row that keeps all has as many slots as tokens; one that was cut before keeps what it has.
-        live = (slots.pos[:, 0, :used] >= 0).sum(1).tolist()
-        keep = [min(k, n) for k, n in zip(keep, live, strict=True)]
-        room = max(
-            request.room.get(self.layer, 0),
-            *(k + request.planned if cap is None else cap for k, cap in zip(keep, caps, strict=True)),
-        )
-        slots.caps = caps
-        if whole and keep[0] == used and slots.keys.is_contiguous():
-            slots.reserve(room)  # nothing to drop and nothing between
-        else:
-            votes = slots.score[:, :, :used]
-            pos = slots.pos[:, :, :used]
-            chosen = torch.zeros((len(keep), 1, 1), dtype=torch.bool, device=pos.device)
-            # What other rows have must not change, nor what is left whole: it will be chosen from when it has grown.
-            chosen[[row for row in rows if caps[row] is not None]] = True
-            scores = votes if plan.keep is None else policy.prompt_scores(votes, pos, plan.seed)
-            scores = torch.where(chosen, self._protected(scores, pos), votes)
-            recent = [policy.recent_of(k) for k in keep]
-            index = prompt_tokens(scores, pos, keep, recent)
-            if voted:
-                at = index.clamp(min=0)
-                kept = votes.gather(2, at).masked_fill(index < 0, 0.0).sum(2)
-                self.mass = kept / votes.masked_fill(pos < 0, 0.0).sum(2).clamp(min=1e-30)
-            slots.score[:, :, :used] = scores
-            slots.keep(index, keep, room)
-            most = slots.used
-            kept_scores = policy.kept_scores(slots.score[:, :, :most], slots.pos[:, :, :most], recent)
-            slots.score[:, :, :most] = torch.where(chosen, kept_scores, slots.score[:, :, :most])
-        self._mark()
-
-    def _cap(self, row: int) -> int | None:
-        """Return the slots that a row of its length may use; None for as many as it needs."""
-        plan, slots = self.request.plan, self.slots
-        assert slots is not None
-        count = slots.counts[row]
-        if plan.keep is None or count < plan.min_length:
-            return None
-        if plan.mass is not None:
-            return self._cap_of_mass(row, plan.mass)
-        cap = plan.keep(self.layer, count, self.request.planned, len(slots.counts))
-        return cap if cap <= count else None
-
-    def _cap_of_mass(self, row: int, mass: float) -> int:
-        """Return the fewest slots with which the mean of a row's heads keeps a share of the votes."""
-        slots, policy = self.slots, self.request.plan.policy
-        assert slots is not None
-        pos = slots.pos[row : row + 1, :, : slots.used]
-        votes = slots.score[row : row + 1, :, : slots.used].masked_fill(pos < 0, 0.0)
-        order = policy.prompt_scores(votes, pos, self.request.plan.seed)
-        safe = self._guard(row, pos)
-        cap, window = 0, -1
-        while window != policy.recent_of(cap):  # the window is a share of the slots, whose number depends on it
-            window = policy.recent_of(cap)
-            stays = safe | (pos > pos.amax(2, keepdim=True) - window)
-            best = votes.gather(2, order.masked_fill(stays, math.inf).argsort(dim=2, descending=True, stable=True))
-            curve = (best.cumsum(2) / best.sum(2, keepdim=True)).mean((0, 1))
-            found = int((curve < mass - 1e-6).sum()) + 1
-            cap = max(cap, found, int(stays.sum(2).max()), policy.least())
-        return min(cap, slots.counts[row])
-
-    def _guard(self, row: int, pos: torch.Tensor) -> torch.Tensor:
-        """Return which tokens of a row never go."""
-        plan = self.request.plan
         assert self.slots is not None
-        guard = (pos >= 0) & (pos < plan.policy.sinks)
-        for span in plan.protect:
-            start, stop, _ = span.indices(self.slots.counts[row])
-            guard |= (pos >= start) & (pos < stop)
-        return guard
-
-    def _protected(self, scores: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        guard = torch.stack([self._guard(row, pos[row]) for row in range(pos.shape[0])])
-        return scores.masked_fill(guard, float("inf"))
+        mass = choose(self.slots, self.request, self.layer, rows, cast, whole=whole)
+        self.mass = self.mass if mass is None else mass
+        self._mark()
 
     # Tokens after the prompt
 
@@ -286,7 +219,7 @@ class EvictingLayer:
         assert slots is not None
         rows = [
             row for row, cap in enumerate(slots.caps)
-            if cap is None and self._cap(row) is not None
+            if cap is None and cap_of(slots, self.request, self.layer, row) is not None
         ]  # fmt: skip
         if rows:
             self._choose(rows)
@@ -330,21 +263,31 @@ class EvictingLayer:
             used = slots.used
             slots.marked = next_slot(slots.score[:, :, :used], slots.pos[:, :, :used], self._window())
 
+    def to(self, device: torch.device) -> None:
+        """Follow the model to a device."""
+        assert self.slots is not None
+        self.slots.to(device)
+        self.mass, self._cast = (None if held is None else held.to(device) for held in (self.mass, self._cast))
+        self._windows = None
+
     # Taking back
 
     def undo(self, count: int) -> None:
         """Take the latest tokens back."""
-        if not count:
-            return
-        if self.slots is None or count > self.slots.undoable:
-            have = self.slots.undoable if self.slots is not None else 0
+        self.check_undo(count)
+        for _ in range(count):
+            assert self.slots is not None
+            self.slots.undo()
+        self.length -= count
+
+    def check_undo(self, count: int) -> None:
+        """Refuse to take back more than is known."""
+        have = self.slots.undoable if self.slots is not None else 0
+        if count > have:
             raise InputError(
                 f"cannot take {count} tokens back: the slots of only {have} are known",
                 hint="call activate_past_recording() before the tokens that may be dropped",
             )
-        for _ in range(count):
-            self.slots.undo()
-        self.length -= count
 
     def join(self, other: EvictingLayer) -> None:
         """Take the rows of the same layer of another cache in after these."""
@@ -357,16 +300,21 @@ class EvictingLayer:
         """Take these rows, in this order."""
         assert self.slots is not None
         self.slots.select_rows(index)
-        if self.mass is not None:
-            self.mass = self.mass.index_select(0, index.to(self.mass.device))
+        self.mass, self._cast = (
+            None if held is None else held.index_select(0, index.to(held.device)) for held in (self.mass, self._cast)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here."""
         if self.slots is None:
             raise InputError("the cache is empty: there is nothing to save", hint="run a prompt through it first")
-        return {"length": self.length, "prompt_end": self.prompt_end, "mass": self.mass, **self.slots.state_dict()}
+        cast = {} if self._cast is None else {"cast": self._cast.clone()}
+        return {
+            "length": self.length, "prompt_end": self.prompt_end, "mass": self.mass, **cast, **self.slots.state_dict()
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.slots = Slots.of_state(state, self.request.plan.codec)
         self.length, self.prompt_end, self.mass = state["length"], state["prompt_end"], state["mass"]
+        self._cast = None if state.get("cast") is None else state["cast"].clone()

@@ -47,6 +47,10 @@ def keeper(
         raise InputError(
             f"{len(layers)} weights for {len(which)} layers with full attention", hint="pass one weight for each"
         )
+    if of != "prompt" and budget.kind != "share":
+        raise InputError(f"of={of!r} is for shares, the budget is {budget}", hint="leave it out")
+    if budget.kind == "coverage" and not (isinstance(layers, str) and layers == "uniform"):
+        raise InputError("each layer finds its own number for a coverage", hint="leave out layers")
     if not budget.value:
         raise InputError("a budget of 0 keeps nothing", hint="0.5 keeps half of the prompt")
     if budget.kind in ("share", "coverage") and budget.value == 1.0:
@@ -72,7 +76,7 @@ def keeper(
 
     def keep(layer: int, tokens: int, planned: int, rows: int) -> int:
         length = tokens + planned if of == "total" else tokens
-        if budget.kind == "share" and uniform(budget, length, 1)[0] < least:
+        if budget.kind == "share" and uniform(budget, length, 1, least=0)[0] < least:
             return tokens + 1  # too short to be chosen from
         return spread(length, rows)[place[layer]]
 

@@ -42,6 +42,9 @@ class Generation:
         Seconds until the attention of the prompt was done, and in all.
     mass
         Per layer: the voters' attention that kept tokens had, lowest and mean over rows and heads.
+    whole
+        Rows of which nothing was evicted in some layer: all of their tokens were fewer than `min_length`, or than the
+        slots.
     """
 
     rows: int
@@ -52,6 +55,21 @@ class Generation:
     to_prompt_end: float
     seconds: float
     mass: tuple[tuple[float, float] | None, ...]
+    whole: int = 0
+
+
+class _Generate:
+    """What an enabled model has in place of its ``generate``; a copy of the model would generate with the model."""
+
+    def __init__(self, original: Callable[..., Any], run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._run = functools.partial(run, inspect.signature(original))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        raise InputError("an enabled model cannot be copied or pickled", hint="undo() first, and enable the copy")
 
 
 class KeyTokens:
@@ -79,9 +97,11 @@ class KeyTokens:
         Slices of the prompt, in tokens of a row without its padding, that never go (a system prompt). Sinks are the
         policy's own.
     question
-        How many of the prompt's last tokens are the question: they alone vote.
+        How many of the prompt's last tokens are the question: they alone vote. Where nobody votes (`Streaming`,
+        `Recent`, `Random`) it changes nothing, and the receipt says so.
     min_length
-        Rows shorter than this are left whole; they are chosen from when they reach it.
+        Rows shorter than this are left whole, as are those of which the share would be fewer slots than the policy
+        needs; they are chosen from when they are long enough. The receipt counts them.
     seed
         Of noise and random choices. The same row gives the same text, whatever stands beside it in a batch.
     codec
@@ -145,15 +165,8 @@ class KeyTokens:
         self.generations: list[Generation] = []
         self._undo = enable(model)
         self._generate: Callable[..., Any] | None = model.__dict__.get("generate")
-        original = model.generate
-        self._original = original
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._run(signature, args, kwargs)
-
-        model.__dict__["generate"] = generate
+        self._original: Callable[..., Any] = model.generate
+        model.__dict__["generate"] = _Generate(self._original, self._run)
         self._enabled = True
 
     def cache(self, prompt: int | None = None, max_new_tokens: int | None = None) -> SlotCache:
@@ -180,10 +193,24 @@ class KeyTokens:
 
         bound = signature.bind(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        config = given.get("generation_config") or self.model.generation_config
-        if given.get("use_cache", getattr(config, "use_cache", None)) is False:
+
+        def setting(name: str) -> Any:
+            places = (given, vars(given.get("generation_config") or object), vars(self.model.generation_config))
+            return next((place[name] for place in places if place.get(name) is not None), None)
+
+        if setting("use_cache") is False:
             raise InputError("use_cache=False leaves nothing to evict", hint="pass use_cache=True, or undo() first")
-        other = given.get("cache_implementation", getattr(config, "cache_implementation", None))
+        if setting("assistant_early_exit") is not None:
+            raise InputError(
+                "assistant_early_exit lets the model's first layers draft, with a cache of their own",
+                hint="use an assistant_model, or undo() first",
+            )
+        if setting("is_assistant"):
+            raise InputError(
+                "an enabled model cannot draft for another: of its prompt too tokens would be taken back",
+                hint="undo() the KeyTokens of the assistant_model",
+            )
+        other = setting("cache_implementation")
         if other not in (None, "hybrid"):  # which is what some models name their own default
             raise InputError(f"cache_implementation={other!r} is another cache", hint="leave it out, or undo() first")
         cache = given.get("past_key_values")
@@ -194,28 +221,37 @@ class KeyTokens:
             raise InputError(
                 f"generate() got a {type(cache).__name__}, which evicts nothing", hint="pass few.cache(), or none"
             )
-        prompt = _prompt_length(given)
-        planned = given.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        prompt = _prompt_length(given, cache.length)
+        planned = setting("max_new_tokens")
         if planned is None:
-            most = given.get("max_length") or getattr(config, "max_length", None)
+            most = setting("max_length")
             planned = most - prompt if most and most > prompt else 20
         if prompt <= cache.length:
             raise InputError(
                 f"generate() got {prompt} tokens, of which this cache holds {cache.length} already",
                 hint="pass the whole conversation, or its new tokens with an attention_mask over all of it",
             )
+        request, before = cache.request, (cache.length, cache.request.prompt, cache.request.planned)
+        recording = request.recording
         # One token more is the last of a generation that ended, which goes on as if it had not.
-        if prompt > cache.length + 1 or not cache.length:
+        if not cache.length or prompt > cache.length + 1:
             cache.expect(prompt, int(planned))
         start = time.perf_counter()
-        with settled(cache):
-            out = self._original(*args, **kwargs)
-        cache.request.check_sound()
+        try:
+            with settled(cache):
+                out = self._original(*args, **kwargs)
+        except BaseException:
+            if cache.length == before[0]:  # that prompt never came
+                request.prompt, request.planned = before[1:]
+            raise
+        finally:
+            request.recording = recording
+        request.check_sound()
         self.generations.append(_generation(cache, prompt, start, time.perf_counter()))
         return out
 
     def undo(self) -> None:
-        """Give the model its own attention and ``generate`` back; caches made here no longer evict."""
+        """Give the model its own attention and ``generate`` back; caches made here cannot be used any more."""
         if not self._enabled:
             return
         if self._generate is None:
@@ -226,6 +262,7 @@ class KeyTokens:
         self._enabled = False
 
     def __enter__(self) -> KeyTokens:
+        self._check_enabled()
         return self
 
     def __exit__(
@@ -262,15 +299,26 @@ class KeyTokens:
             low, mean = min(m[0] for m in masses), sum(m[1] for m in masses) / len(masses)
             what = "attention that kept tokens had"
             lines.append(Line(what, "share", 1.0, mean, "measured", low=low, high=1.0, note=note))
-        method = f"{self.policy}, {self.budget}"
+        title, method = "generation with fewer keys and values", f"{self.policy}, {self.budget}"
+        notes = self._notes(texts)
         if comparison is None:
             why = "no paired run was made: bytes alone do not show the quality"
-            return Receipt("generation with fewer keys and values", method, tuple(lines), "undecided", why)
+            return Receipt(title, method, tuple(lines), "undecided", why, notes=notes)
         return Receipt(
-            "generation with fewer keys and values", method, tuple(lines), comparison.verdict, comparison.why,
-            str(comparison.rule), quality=(comparison.quality,), pairs=comparison.pairs,
-            pairs_needed=comparison.pairs_needed,
+            title, method, tuple(lines), comparison.verdict, comparison.why, str(comparison.rule),
+            quality=(comparison.quality,), pairs=comparison.pairs, pairs_needed=comparison.pairs_needed, notes=notes,
         )  # fmt: skip
+
+    def _notes(self, texts: int) -> tuple[str, ...]:
+        """Return which settings had no effect."""
+        notes = []
+        whole = sum(run.whole for run in self.generations)
+        if whole and self._plan.keep is not None:
+            why = f"too short for the budget, or for min_length={self._plan.min_length}"
+            notes.append(f"{whole} of {texts} texts were kept whole: {why}")
+        if self._plan.voters is not None and self.policy.voters == 0:
+            notes.append(f"question={self._plan.voters} changed nothing: nobody votes in {self.policy}")
+        return tuple(notes)
 
 
 def _generation(cache: SlotCache, prompt: int, start: float, end: float) -> Generation:
@@ -285,12 +333,22 @@ def _generation(cache: SlotCache, prompt: int, start: float, end: float) -> Gene
     return Generation(
         rows, prompt, max(0, cache.length + 1 - prompt), cache.nbytes, full + rest,
         max(0.0, cache.request.prompt_done - start), end - start, mass,
+        sum(None in caps for caps in zip(*(s.caps for s in slots), strict=True)),
     )  # fmt: skip
 
 
-def _prompt_length(given: dict[str, Any]) -> int:
+def _prompt_length(given: dict[str, Any], held: int) -> int:
     """Return the tokens of a prompt with what came before it, padding included, from generate's arguments."""
     mask, ids = given.get("attention_mask"), given.get("input_ids", given.get("inputs"))
-    embeds = given.get("inputs_embeds")
-    lengths = [t.shape[1] for t in (mask, ids, embeds) if isinstance(t, torch.Tensor) and t.ndim >= 2]
-    return max(lengths, default=1)
+    texts = [t for t in (ids, given.get("inputs_embeds")) if isinstance(t, torch.Tensor) and t.ndim >= 2]
+    if not texts:
+        return 1
+    rows, count = len(texts[0]), max(text.shape[1] for text in texts)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return count
+    if len(mask) != rows or mask.shape[1] not in (count, held + count):
+        raise InputError(
+            f"the attention mask has shape {tuple(mask.shape)} for {rows} rows of {count} tokens",
+            hint="pass a mask of 0 and 1 over all tokens so far, padding included",
+        )
+    return int(mask.shape[1])

@@ -102,7 +102,8 @@ def compress(
         "seed": seed, "codec": _name(plan.codec),
     }  # fmt: skip
     plan = _of_one_row(plan, limit)
-    from vitalfew.generate._transformers import SlotCache, served
+    from vitalfew.generate._transformers import SlotCache
+    from vitalfew.generate._transformers_attention import served
     from vitalfew.generate._transformers_enabling import enable
 
     cache = SlotCache(model.config.get_text_config(decoder=True), plan, prompt=len(tokens))
@@ -192,6 +193,12 @@ class CompressedPrefix:
             raise InputError(
                 "padding between a prefix and a question takes room in the windows of this model",
                 hint="ask questions of the same length together",
+            )
+        if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
+            mask_said = "none" if attention_mask is None else tuple(attention_mask.shape)
+            raise InputError(
+                f"questions have the shape {tuple(ids.shape)} and their mask {mask_said}",
+                hint="pass (questions, tokens), padded on the left, and a mask of the same shape",
             )
         rows = ids.shape[0]
         text = torch.tensor([self.tokens], device=ids.device, dtype=ids.dtype).expand(rows, -1)

@@ -95,17 +95,25 @@ class Request:
     room: Mapping[int, int] = field(default_factory=dict)
     clock: Clock | None = None
     sound: torch.Tensor | None = None
-    _memo: tuple[object, int, int, tuple[int, ...], NewTokens] | None = field(default=None, repr=False)
+    _memo: tuple[object, int, int, tuple[int, ...], torch.device, NewTokens] | None = field(default=None, repr=False)
 
     def of_prompt(self, length: int, count: int) -> int:
         """Return how many of the next `count` tokens belong to a prompt."""
         if self.prompt is not None:
             return min(max(self.prompt - length, 0), count)
-        return count if (count > 1 or not length) and not self.recording else 0
+        return count if not length or (count > 1 and not self.recording) else 0
 
     def temperature(self, step: int, counts: Sequence[int]) -> torch.Tensor | float:
         """Return what divides the logits of votes so many steps after the prompt, per row ``(B,)`` or one for all."""
         return self.plan.policy.temperature(step, self.planned)
+
+    def check_movable(self) -> None:
+        """Raise during steady steps: a captured one reads and writes where tensors were."""
+        if self.clock is not None:
+            raise InputError(
+                "rows and slots stay where they are during steady steps",
+                hint="leave the `with cache.steady()` block first",
+            )
 
     def note(self, finite: torch.Tensor) -> None:
         """Remember whether an output was finite, for `check_sound`."""
@@ -124,8 +132,8 @@ class Request:
     ) -> NewTokens:
         """Return where the next `count` tokens stand in their rows; all layers ask, one computes."""
         memo, key = self._memo, tuple(counts)
-        if memo is not None and memo[0] is mask and memo[1:4] == (length, count, key):
-            return memo[4]
+        if memo is not None and memo[0] is mask and memo[1:5] == (length, count, key, device):
+            return memo[5]
         start = torch.tensor(key, device=device)[:, None]
         if mask is None:
             tokens = NewTokens(
@@ -137,11 +145,23 @@ class Request:
                     f"the attention mask has shape {tuple(mask.shape)}, but {length + count} tokens of {len(key)} rows "
                     "have been seen", hint="pass a mask of 0 and 1 over all tokens so far, padding included"
                 )  # fmt: skip
-            real = mask[:, length:].to(torch.int64)
-            after = start + real.cumsum(1)
-            pos = torch.where(real > 0, after - 1, -1)
-            ends: list[int] = after[:, -1].tolist()
+            real = mask.to(device, torch.int64)
+            after = start + real[:, length:].cumsum(1)
+            pos = torch.where(real[:, length:] > 0, after - 1, -1)
+            ends: list[int]
+            ends, marked = torch.stack((after[:, -1], real.sum(1))).tolist()
+            if ends != marked:
+                row = next(row for row, (end, all_of) in enumerate(zip(ends, marked, strict=True)) if end != all_of)
+                raise InputError(
+                    f"the attention mask counts {marked[row] - ends[row] + key[row]} of the tokens that row {row} of "
+                    f"this cache took in, which are {key[row]}",
+                    hint="pass an attention_mask with 1 for all of them, generated pad tokens too",
+                )
             # Rows that have seen padding differ in their counts, so equal counts of length + count mean there was none.
             tokens = NewTokens(pos, ends, min(ends) == length + count)
-        self._memo = (mask, length, count, key, tokens)
+        self._memo = (mask, length, count, key, device, tokens)
         return tokens
+
+    def forget(self) -> None:
+        """Forget the tokens of the last call: the next may have written into its mask."""
+        self._memo = None

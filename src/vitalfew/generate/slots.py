@@ -31,6 +31,7 @@ class _Step:
     counts: tuple[int, ...]
     filled: tuple[int, ...]
     caps: tuple[int | None, ...]
+    memory: tuple[torch.Tensor, ...] = ()  # keys, values, positions and scores, where this token had rows chosen from
 
     def of_rows(self, order: list[int], at: torch.Tensor) -> _Step:
         tensors: dict[str, Any] = {
@@ -39,7 +40,8 @@ class _Step:
         lists: dict[str, Any] = {
             name: tuple(getattr(self, name)[row] for row in order) for name in ("counts", "filled", "caps")
         }
-        return replace(self, **tensors, **lists)
+        memory = tuple(held.index_select(0, at) for held in self.memory)
+        return replace(self, **tensors, **lists, memory=memory)
 
 
 class Slots:
@@ -80,6 +82,24 @@ class Slots:
 
     def _coded(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.codec is None else pack(x, self.codec)
+
+    def check_kind(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Refuse tokens of another batch, model or type than those that are held."""
+        held = (*self.keys.shape[:2], *self.sizes, self.dtype)
+        got = (key.shape[0], key.shape[1], key.shape[-1], value.shape[-1], key.dtype)
+        if held != got:
+            mine, its = (f"{r} rows of {h} heads with {k} + {v} channels of {kind}" for r, h, k, v, kind in (held, got))
+            raise InputError(
+                f"this cache holds {mine}, got {its}", hint="use a fresh cache for another batch, model or dtype"
+            )
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device; what was overwritten before cannot be taken back."""
+        for name in ("keys", "values", "pos", "score", "marked"):
+            setattr(self, name, getattr(self, name).to(device))
+        if self._exact is not None:
+            self._exact = (self._exact[0].to(device), self._exact[1].to(device))
+        self._log.clear()
 
     @property
     def used(self) -> int:
@@ -148,6 +168,8 @@ class Slots:
 
     def keep(self, index: torch.Tensor, filled: Sequence[int], room: int = 0) -> None:
         """Keep the slots of an index ``(B, H, k)``, -1 for none, in new memory of ``max(k, room)`` slots."""
+        if self._log:  # the latest token may be taken back, and the choice with it
+            self._log[-1] = replace(self._log[-1], memory=(self.keys, self.values, self.pos, self.score))
         rows, heads, count = index.shape
         size = max(count, room)
         safe = index.clamp(min=0)
@@ -160,7 +182,6 @@ class Slots:
         self.pos[:, :, :count].masked_fill_(index < 0, -1)
         self.pos[:, :, count:] = -1
         self.filled = list(filled)
-        self._log.clear()
 
     def reserve(self, size: int, *, spare: bool = False) -> None:
         """Have memory for so many slots; with `spare` for some more, so that who grows step by step copies seldom."""
@@ -234,6 +255,8 @@ class Slots:
     def undo(self) -> None:
         """Take the latest token back."""
         step = self._log.pop()
+        if step.memory:
+            self.keys, self.values, self.pos, self.score = step.memory
         at = step.slot[:, :, None]
         self.keys.scatter_(2, at[..., None].expand(-1, -1, -1, self.keys.shape[-1]), step.key)
         self.values.scatter_(2, at[..., None].expand(-1, -1, -1, self.values.shape[-1]), step.value)

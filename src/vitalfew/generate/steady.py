@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate.noise import gumbel_table
 
 if TYPE_CHECKING:
     from vitalfew.generate.evicting import EvictingLayer
@@ -44,9 +45,13 @@ class Clock:
                     f"layer {layer.layer} has rows that still grow, or steps that may be taken back",
                     hint="run a prompt first, of min_length or more, with a budget below 1.0",
                 )
-            slots.forget_log()
         assert first is not None
         request, device = layers[0].request, first.pos.device
+        for layer in layers:  # none was refused
+            assert layer.slots is not None
+            layer.slots.forget_log()
+        # A captured step has the table's address, so that it must not go while others have their turn.
+        self._draws = gumbel_table(request.plan.seed, device) if request.plan.policy.noise else None
         self._layers, self._start = layers, layers[0].length
         after = self._start - layers[0].prompt_end
         last = max(request.planned, after + 1)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import signal
-import threading
 from collections.abc import AsyncIterator, Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from vitalfew.generate.server.jobs import Done, Piece
-from vitalfew.generate.server.requests import ApiError, parse, read_json
+from vitalfew.core.errors import InputError
+from vitalfew.generate.server.jobs import Done, Job, Piece
+from vitalfew.generate.server.requests import ApiError, Ask, parse, read_json
 from vitalfew.generate.server.responses import Answer, event
 from vitalfew.generate.server.serving import Serving
 
 __all__ = ["Server", "build"]
 
 _BODY_SECONDS = 60
+_LAST_WORDS = 1.0
+"""Seconds that the errors at the end of a drain have to reach those who still wait."""
 
 
 class _Left(Exception):
@@ -35,8 +37,8 @@ def build(serving: Serving) -> FastAPI:
     async def check_key(request: Request) -> None:
         if settings.api_key is None:
             return
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(sent.encode(), settings.api_key.encode()):
+        kind, _, sent = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), settings.api_key.encode()):
             raise ApiError(
                 401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -45,6 +47,7 @@ def build(serving: Serving) -> FastAPI:
     app = FastAPI(title="vitalfew", docs_url=None, redoc_url=None, openapi_url=None)
     for kind in (ApiError, 404, 405, Exception):
         app.add_exception_handler(kind, _as_error)
+    app.add_exception_handler(_Left, _as_nothing)
     keyed = [Depends(check_key)]
 
     @app.get("/health")
@@ -80,23 +83,35 @@ def build(serving: Serving) -> FastAPI:
 
 
 async def _as_error(request: Request, error: Exception) -> Response:
+    headers: dict[str, str] = {}
     if not isinstance(error, ApiError):
-        status = getattr(error, "status_code", 500)
+        status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
         what = getattr(error, "detail", "the server failed on this request")
         error = ApiError(status, f"{request.method} {request.url.path}: {what}")
-    headers = {"Retry-After": str(error.retry)} if error.retry is not None else None
+    if error.retry is not None:
+        headers["Retry-After"] = str(error.retry)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
+
+
+async def _as_nothing(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _body(request: Request, most: int) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # Also what a page of another site could send without asking.
         raise ApiError(415, "send the body as Content-Type: application/json")
-    raw = bytearray()
+    raw, more = bytearray(), True
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            async for part in request.stream():
-                raw += part
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise _Left
+                raw += message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(raw) > most:
                     raise ApiError(413, f"the body has more than {most:,} bytes", code="body_too_large")
     except TimeoutError:
@@ -105,7 +120,7 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 async def _respond(serving: Serving, request: Request, *, chat: bool) -> Response:
-    ask = parse(read_json(await _body(request, serving.settings.body_bytes)), chat=chat)
+    raw = await _body(request, serving.settings.body_bytes)
     queue: asyncio.Queue[Piece | Done | ApiError | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -113,8 +128,12 @@ async def _respond(serving: Serving, request: Request, *, chat: bool) -> Respons
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
             loop.call_soon_threadsafe(queue.put_nowait, found)
 
-    jobs = await asyncio.to_thread(serving.jobs, ask, emit)
-    answer = Answer(ask, lambda token: serving.decode([token]))
+    def understand() -> tuple[Ask, list[Job]]:
+        ask = parse(read_json(raw), chat=chat)
+        return ask, serving.jobs(ask, emit)
+
+    ask, jobs = await asyncio.to_thread(understand)  # a long prompt would hold up all streams
+    answer = Answer(ask, serving.token_name)
     serving.scheduler.submit(jobs)
     found = _found(request, queue, len(jobs))
     if ask.stream:
@@ -122,8 +141,6 @@ async def _respond(serving: Serving, request: Request, *, chat: bool) -> Respons
     try:
         async for part in found:
             answer.add(part)
-    except _Left:
-        return Response(status_code=499)
     finally:
         serving.scheduler.cancel(jobs)
     return JSONResponse(answer.whole())
@@ -189,6 +206,8 @@ async def _stream(answer: Answer, found: AsyncIterator[Piece | Done]) -> AsyncIt
 class Server(uvicorn.Server):
     """Serves a model over HTTP until a signal; then answers that run are finished, and no other is begun.
 
+    A second signal ends those too: each gets an error.
+
     Parameters
     ----------
     serving
@@ -213,23 +232,45 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=int(drain),
                 lifespan="off",
             )
         )
-        self._serving, self._ready = serving, ready
+        self._serving, self._drain, self._ready = serving, drain, ready
+        self._hurry = False
 
     async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        where = f"{self.config.host}, port {self.config.port}"
+        try:
+            await super().startup(sockets)
+        except (SystemExit, OverflowError) as error:  # uvicorn has said why
+            raise InputError(f"cannot listen on {where}", hint="choose another --port or --host") from error
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, end at the second; neither is raised again, as an end asked for is no failure."""
+        self._hurry, self.should_exit = self.should_exit, True
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        end = asyncio.create_task(self._hang_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
+
+    async def _hang_up(self) -> None:
+        """Once the drain is over, tell those who still wait, and close what is open then."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain
+        while not self._hurry and loop.time() < end:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(self._serving.scheduler.close)
+        await asyncio.sleep(_LAST_WORDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def serve_forever(self) -> None:
         """Run until SIGTERM or Ctrl-C, drain, and give the model back."""
-        if threading.current_thread() is threading.main_thread():
-            # uvicorn raises the signal again when it has drained; that the end was asked for is no failure.
-            signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             self.run()
         finally:

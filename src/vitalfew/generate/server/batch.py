@@ -36,6 +36,10 @@ class _Rows(Request):
             self._taus = (key, taus[0] if one else torch.tensor(taus, dtype=torch.float32, device=self.device))
         return self._taus[1]
 
+    def change_rows(self, starts: list[int], follow: list[int]) -> None:
+        """Go on with other rows, which may come to the same counts as those before."""
+        self.starts, self.follow, self._taus = starts, follow, None
+
 
 class Group:
     """Rows of one plan whose slots have the same width in each layer.
@@ -75,11 +79,11 @@ class Group:
 
     def join(self, other: Group) -> None:
         """Take the rows of another group of the same plan and widths in after these."""
-        for mine, its in zip(self.layers, other.layers, strict=True):
-            mine.join(its)
+        for layer, its_layer in zip(self.layers, other.layers, strict=True):
+            layer.join(its_layer)
         self.owners += other.owners
-        self._request.starts += other._request.starts
-        self._request.follow += other._request.follow
+        mine, its = self._request, other._request
+        mine.change_rows(mine.starts + its.starts, mine.follow + its.follow)
 
     def stay(self, rows: Sequence[int]) -> None:
         """Keep these rows, and free the slots of the others."""
@@ -88,7 +92,7 @@ class Group:
             layer.select_rows(at)
         request = self._request
         self.owners = [self.owners[row] for row in rows]
-        request.starts, request.follow = ([of[row] for row in rows] for of in (request.starts, request.follow))
+        request.change_rows([request.starts[row] for row in rows], [request.follow[row] for row in rows])
 
 
 class Joint(EvictingLayer):

@@ -55,6 +55,10 @@ class Job:
         The prompt's tokens, how to go on, and tokens at most in each answer.
     plan, need
         What is kept, and the bytes that this takes.
+    first
+        The number of its first answer among those of the request.
+    before
+        Tokens that the text of an answer goes on from.
     emit
         Gets each `Piece`, then `Done`, or an `ApiError`; called from the loop's thread.
     cancelled
@@ -67,6 +71,8 @@ class Job:
     emit: Emit
     plan: Plan
     need: Need
+    first: int = 0
+    before: list[int] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
     deadline: float = float("inf")
     cancelled: bool = False

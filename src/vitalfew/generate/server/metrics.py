@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 
 __all__ = ["Histogram", "Metrics"]
 
@@ -32,12 +31,12 @@ class Histogram:
 
 
 class Metrics:
-    """What a server has done, and how it stands; one thread writes.
+    """What a server has done, and how it stands; each figure is written by one thread, or under a lock.
 
     Attributes
     ----------
     requests
-        By outcome.
+        Prompts by outcome; one that was found wrong before it could be queued is none.
     tokens
         Read (``prompt``) and written (``answer``).
     gauges
@@ -50,12 +49,13 @@ class Metrics:
     >>> metrics = Metrics()
     >>> metrics.requests["done"] += 1
     >>> print(metrics.text().splitlines()[1])
-    vitalfew_requests_total{outcome="done"} 1
+    vitalfew_requests_total{outcome="cancelled"} 0
     """
 
     def __init__(self) -> None:
-        self.requests: Counter[str] = Counter()
-        self.tokens: Counter[str] = Counter()
+        # From 0, so that the first of a kind is seen as a rise.
+        self.requests = dict.fromkeys(("cancelled", "done", "error", "refused", "timeout"), 0)
+        self.tokens = dict.fromkeys(("answer", "prompt"), 0)
         self.gauges: dict[str, int] = {}
         self.step, self.chunk = Histogram(), Histogram()
 
@@ -64,7 +64,7 @@ class Metrics:
         out = []
         for name, label, counts in (("requests", "outcome", self.requests), ("tokens", "kind", self.tokens)):
             out.append(f"# TYPE vitalfew_{name}_total counter")
-            out += [f'vitalfew_{name}_total{{{label}="{key}"}} {count}' for key, count in sorted(counts.copy().items())]
+            out += [f'vitalfew_{name}_total{{{label}="{key}"}} {count}' for key, count in counts.items()]
         for name, value in sorted(self.gauges.copy().items()):
             out += [f"# TYPE vitalfew_{name} gauge", f"vitalfew_{name} {value}"]
         for name, histogram in (("step", self.step), ("chunk", self.chunk)):

@@ -42,11 +42,13 @@ def most_slots(plan: Plan, layer: int, prompt: int, new: int) -> int:
     end = prompt + new
     if plan.keep is None:
         return end
-    for count in range(max(prompt, plan.min_length), end):
+    count = max(prompt, plan.min_length)
+    while count < end:
         cap = plan.keep(layer, count, 0, 1)
         if cap <= count:
             # One that is cut while it grows has held all of its tokens just before.
             return cap if count == prompt else count
+        count = cap  # a longer row never keeps fewer, so none is cut before it has as many tokens
     return end
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ApiError", "Ask", "Sampling", "parse", "read_json"]
+__all__ = ["ApiError", "Ask", "Sampling", "parse", "read_json", "shown"]
 
 _NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -22,7 +22,7 @@ _SHARED = {
     "kv_budget",
 }  # fmt: skip
 _OWN = {"chat": {"messages", "max_completion_tokens", "top_logprobs"}, "completion": {"prompt"}}
-_MOST_TOP = 20
+_MOST_TOP, _LONGEST_STOP, _SHOWN = 20, 1000, 80
 
 
 class ApiError(Exception):
@@ -107,6 +107,18 @@ def read_json(raw: bytes) -> dict[str, Any]:
     return found
 
 
+def shown(value: Any) -> str:
+    """Return a value as an error names it: its beginning, where it is long.
+
+    Examples
+    --------
+    >>> shown("a"), len(shown("a" * 1000))
+    ("'a'", 80)
+    """
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
 
@@ -120,19 +132,19 @@ class _Fields:
     def number(self, name: str, low: float, high: float, default: float) -> float:
         value = self.body.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, got {value!r}", param=name)
+            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}", param=name)
         return float(value)
 
     def count(self, name: str, low: int, high: int, default: int | None) -> int | None:
         value = self.body.get(name, default)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
-            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, got {value!r}", param=name)
+            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, got {shown(value)}", param=name)
         return value
 
     def flag(self, name: str) -> bool:
         value = self.body.get(name, False)
         if not isinstance(value, bool):
-            raise ApiError(400, f"{name} must be true or false, got {value!r}", param=name)
+            raise ApiError(400, f"{name} must be true or false, got {shown(value)}", param=name)
         return value
 
 
@@ -155,31 +167,40 @@ def parse(body: Mapping[str, Any], *, chat: bool) -> Ask:
         if name in known:
             continue
         if name not in _NEUTRAL:
-            raise ApiError(400, f"there is no setting {name!r}", param=name, code="unknown_parameter")
+            raise ApiError(400, f"there is no setting {shown(name)}", param=name[:_SHOWN], code="unknown_parameter")
         if value not in _NEUTRAL[name]:
-            message = f"{name} is not served, got {value!r}: leave it out"
+            message = f"{name} is not served, got {shown(value)}: leave it out"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     model = fields.body.get("model")
     if not isinstance(model, str):
         raise ApiError(400, "the field model is missing: name the model that /v1/models lists", param="model")
-    options = fields.body.get("stream_options", {})
     stream = fields.flag("stream")
-    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-        raise ApiError(400, f"stream_options may hold include_usage, got {options!r}", param="stream_options")
-    if options and not stream:
-        raise ApiError(400, "stream_options is for stream=true only", param="stream_options")
+    usage = _wants_usage(fields.body.get("stream_options", {}), stream)
     prompts = (_messages(fields.body),) if chat else _prompts(fields.body.get("prompt"))
     budget = fields.number("kv_budget", 0, 1, 1) if "kv_budget" in fields.body else None
     if budget == 0:
         raise ApiError(400, "a kv_budget of 0 keeps nothing: 0.5 keeps half of the prompt", param="kv_budget")
-    return Ask(chat, model, prompts, _sampling(fields, chat), stream, options.get("include_usage") is True, budget)
+    return Ask(chat, model, prompts, _sampling(fields, chat), stream, usage, budget)
+
+
+def _wants_usage(options: Any, stream: bool) -> bool:
+    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
+        raise ApiError(400, f"stream_options may hold include_usage, got {shown(options)}", param="stream_options")
+    if options and not stream:
+        raise ApiError(400, "stream_options is for stream=true only", param="stream_options")
+    inner = _Fields({f"stream_options.{name}": value for name, value in options.items()})
+    if inner.flag("stream_options.include_obfuscation"):
+        raise ApiError(400, "obfuscation is not served", param="stream_options", code="unsupported_parameter")
+    return inner.flag("stream_options.include_usage")
 
 
 def _sampling(fields: _Fields, chat: bool) -> Sampling:
     high = 1 << 31
     most = fields.count("max_tokens", 1, high, None if chat else 16)
     if chat:
-        most = fields.count("max_completion_tokens", 1, high, most)
+        old, most = most, fields.count("max_completion_tokens", 1, high, most)
+        if old not in (None, most):
+            raise ApiError(400, "max_tokens is the old name of max_completion_tokens: send one", param="max_tokens")
         wanted = fields.flag("logprobs")
         top = fields.count("top_logprobs", 0, _MOST_TOP, 0)
         if top and not wanted:
@@ -189,8 +210,11 @@ def _sampling(fields: _Fields, chat: bool) -> Sampling:
         top = fields.count("logprobs", 0, _MOST_TOP, None)
     stop = fields.body.get("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(text, str) and text for text in stops):
-        raise ApiError(400, f"stop must be a text or up to four, none of them empty, got {stop!r}", param="stop")
+    if not isinstance(stops, list) or len(stops) > 4 or not all(
+        isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in stops
+    ):  # fmt: skip
+        limits = f"a text or up to four, each of 1 to {_LONGEST_STOP:,} characters"
+        raise ApiError(400, f"stop must be {limits}, got {shown(stop)}", param="stop")
     return Sampling(
         most, fields.number("temperature", 0, 2, 1), fields.number("top_p", 0, 1, 1),
         fields.count("seed", -(1 << 63), (1 << 63) - 1, None), tuple(stops), fields.count("n", 1, 128, 1) or 1, top,
@@ -218,10 +242,14 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         where = f"messages[{k}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ApiError(400, f"{where} must be an object with a role", param=where)
-        given = {key for key, value in message.items() if value is not None}
-        if more := given - {"role", "content", "name", "refusal"}:
-            raise ApiError(400, f"{where} holds {', '.join(sorted(more))}, which is not served", param=where)
-        out.append({"role": message["role"], "content": _content(message.get("content"), where)})
+        given = {key: value for key, value in message.items() if value not in (None, [])}
+        if more := given.keys() - {"role", "content", "name"}:
+            raise ApiError(400, f"{where} holds {shown(sorted(more))}, which is not served", param=where)
+        name = given.get("name", "")
+        if not isinstance(name, str):
+            raise ApiError(400, f"{where}.name must be text, got {shown(name)}", param=where)
+        named = {"name": name} if name else {}  # for templates that show it
+        out.append({"role": message["role"], "content": _content(message.get("content"), where), **named})
     return out
 
 
@@ -229,7 +257,10 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    texts = [
+        part["text"] for part in parts
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]  # fmt: skip
     if not texts or len(texts) < len(parts):
         raise ApiError(400, f"{where}.content must be text: images, audio and files are not served", param=where)
     return "".join(texts)

@@ -45,13 +45,15 @@ class Answer:
             "model": ask.model, "object": f"{kind}.chunk" if ask.chat and ask.stream else kind,
         }  # fmt: skip
         answers = len(ask.prompts) * ask.sampling.n
+        # What `whole` returns; a stream needs but the lengths of its tokens' names so far, and what each job took.
         self._texts = [""] * answers
         self._tokens: list[list[Token]] = [[] for _ in range(answers)]
         self._finish: list[str | None] = [None] * answers
+        self._named = [0] * answers
         self._done: list[Done] = []
 
     def add(self, found: Piece | Done) -> None:
-        """Take in what the scheduler sent."""
+        """Take in what the scheduler sent; of a stream, what is no chunk."""
         if isinstance(found, Done):
             self._done.append(found)
         else:
@@ -65,7 +67,7 @@ class Answer:
         for index, (text, tokens, finish) in enumerate(zip(self._texts, self._tokens, self._finish, strict=True)):
             message = {"role": "assistant", "content": text, "refusal": None}
             said = {"message": message} if self._ask.chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish})
+            choices.append({"index": index, **said, "logprobs": self._logprobs(index, tokens), "finish_reason": finish})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -75,18 +77,16 @@ class Answer:
         return [self._chunk(k, {"role": "assistant", "content": ""}, (), None) for k in range(len(self._texts))]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """Return a piece as a chunk of a stream, and take it in."""
+        """Return a piece as a chunk of a stream."""
         delta = {"content": piece.text} if piece.text else {}
-        out = self._chunk(piece.index, delta if self._ask.chat else piece.text, piece.tokens, piece.finish)
-        self.add(piece)
-        return out
+        return self._chunk(piece.index, delta if self._ask.chat else piece.text, piece.tokens, piece.finish)
 
     def closing(self) -> list[dict[str, Any]]:
         """Return the last chunks of a stream."""
         return [{**self._head, "choices": [], "usage": self._usage()}] if self._ask.usage else []
 
     def _chunk(self, index: int, said: Any, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
-        probabilities = self._logprobs(tokens, len(self._texts[index])) if tokens else None
+        probabilities = self._logprobs(index, tokens) if tokens else None
         choice = {"index": index, "delta" if self._ask.chat else "text": said, "logprobs": probabilities}
         more = {"usage": None} if self._ask.usage else {}
         return {**self._head, "choices": [{**choice, "finish_reason": finish}], **more}
@@ -101,7 +101,7 @@ class Answer:
             },
         }  # fmt: skip
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self._ask.sampling.top is None:
             return None
         if self._ask.chat:
@@ -112,13 +112,16 @@ class Answer:
                 ],
                 "refusal": None,
             }
-        names, offsets = [self._name(t.id) for t in tokens], []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
+        names, offsets, top = [self._name(t.id) for t in tokens], [], []
+        for token, name in zip(tokens, names, strict=True):
+            offsets.append(self._named[index])
+            self._named[index] += len(name)
+            likely: dict[str, float] = {}
+            for other, value in token.top:  # parts of characters share a name: the likeliest has it
+                likely.setdefault(self._name(other), value)
+            top.append(likely)
         return {
-            "tokens": names, "token_logprobs": [t.logprob for t in tokens], "text_offset": offsets,
-            "top_logprobs": [{self._name(token): value for token, value in t.top} for t in tokens],
+            "tokens": names, "token_logprobs": [t.logprob for t in tokens], "text_offset": offsets, "top_logprobs": top,
         }  # fmt: skip
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:

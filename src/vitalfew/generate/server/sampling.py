@@ -8,6 +8,11 @@ import torch
 
 __all__ = ["best", "draw"]
 
+_COLD = 1e-5
+"""At and below this temperature the likeliest token is all but certain, and the division would overflow."""
+_FEW = 1024
+"""Tokens that mostly have the share that is drawn from: to sort all takes ten times as long as to find so many."""
+
 
 def draw(
     logits: torch.Tensor, temperature: Sequence[float], top_p: Sequence[float], uniform: Sequence[float]
@@ -29,25 +34,44 @@ def draw(
     --------
     >>> logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
     >>> draw(logits, temperature=[0, 1], top_p=[1, 1], uniform=[0.5, 0.95])
-    [1, 0]
+    [1, 2]
     """
     tokens: list[int] = logits.argmax(-1).tolist()
-    rows = [row for row, heat in enumerate(temperature) if heat > 0]
-    if rows:
-        heat, share, point = (
-            torch.tensor([of[row] for row in rows], dtype=torch.float32, device=logits.device)[:, None]
-            for of in (temperature, top_p, uniform)
-        )
-        chances, order = (logits[rows] / heat).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        upto = chances.cumsum(-1)
-        inside = upto - chances < share  # the token that reaches the share is still in
-        inside[:, 0] = True
-        upto = upto.masked_fill(~inside, 0.0).cummax(-1).values
-        at = torch.searchsorted(upto, point * upto[:, -1:], right=True)
-        at = torch.minimum(at, inside.sum(-1, keepdim=True) - 1)  # the product may round up to the end
-        for row, token in zip(rows, order.gather(-1, at)[:, 0].tolist(), strict=True):
-            tokens[row] = token
+    warm = [row for row, heat in enumerate(temperature) if heat > _COLD]
+    # Who draws from all tokens needs no order of them.
+    for cut in (False, True):
+        rows = [row for row in warm if (top_p[row] < 1) is cut]
+        if rows:
+            heat, share, point = (
+                torch.tensor([of[row] for row in rows], dtype=torch.float32, device=logits.device)[:, None]
+                for of in (temperature, top_p, uniform)
+            )
+            chances = (logits[rows] / heat).softmax(-1)
+            drawn = _of_likeliest(chances, share, point, _FEW) if cut else _at(chances, point)
+            for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
+                tokens[row] = token
     return tokens
+
+
+def _of_likeliest(chances: torch.Tensor, share: torch.Tensor, point: torch.Tensor, most: int) -> torch.Tensor:
+    """Return the tokens that points fall on among the likeliest that have a share of the chances, ``(rows, 1)``."""
+    size = chances.shape[-1]
+    top, order = chances.topk(min(most, size))
+    outside = top.cumsum(-1) - top >= share  # the token that reaches the share is still in
+    outside[:, 0] = False
+    tokens = order.gather(-1, _at(top.masked_fill(outside, 0.0), point))
+    flat = (top.sum(-1) < share[:, 0]).nonzero()[:, 0]
+    if most < size and len(flat):
+        tokens[flat] = _of_likeliest(chances[flat], share[flat], point[flat], size)
+    return tokens
+
+
+def _at(chances: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """Return where a point in [0, 1) falls among chances, ``(rows, 1)``."""
+    upto = chances.cumsum(-1)
+    total = upto[:, -1:].contiguous()
+    last = torch.searchsorted(upto, total)  # with any chance: the product below may round up to the end
+    return torch.minimum(torch.searchsorted(upto, point * total, right=True), last)
 
 
 def best(logits: torch.Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from vitalfew.core.errors import InputError
-from vitalfew.generate.server.jobs import Done, Job, Piece, Token
+from vitalfew.generate.server.jobs import Done, Job
 from vitalfew.generate.server.metrics import Metrics
 from vitalfew.generate.server.pool import Pool
 from vitalfew.generate.server.requests import ApiError
-from vitalfew.generate.server.sampling import best, draw
-from vitalfew.generate.server.text import TextStream
+from vitalfew.generate.server.row import Row, rows_of
+from vitalfew.generate.server.sampling import draw
 
 if TYPE_CHECKING:
     from vitalfew.generate.server._transformers_engine import Engine
@@ -28,19 +26,6 @@ __all__ = ["Scheduler"]
 
 _log = logging.getLogger("vitalfew.server")
 _OVERTAKES = 16
-
-
-@dataclass(eq=False)
-class _Row:
-    """One answer as it is written."""
-
-    job: Job
-    index: int
-    text: TextStream
-    random: random.Random
-    token: int = -1
-    written: int = 0
-    finish: str | None = None
 
 
 class Scheduler:
@@ -103,7 +88,7 @@ class Scheduler:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
             if len(self._queue) + len(jobs) > self._most:
                 self.metrics.requests["refused"] += len(jobs)
-                wait = min(60, 1 + int(self._seconds * len(self._queue) / max(1, len(self.engine.owners))))
+                wait = min(60, 1 + int(self._seconds * len(self._queue) / max(1, self.metrics.gauges["rows"])))
                 raise ApiError(429, f"{len(self._queue)} requests are waiting already", code="queue_full", retry=wait)
             for job in jobs:
                 job.deadline = job.start + self._timeout
@@ -123,7 +108,7 @@ class Scheduler:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End the loop; whatever is still open gets an error."""
+        """End the loop after its step; whatever is still open gets an error."""
         with self._change:
             self._closed = True
             self._change.notify()
@@ -145,8 +130,7 @@ class Scheduler:
             with self._change:
                 self._closed = True  # also after a fault of ours, so that nobody waits for a loop that is gone
             for job in self._jobs():
-                self._end(job, "error")
-                job.emit(ApiError(503, "the server is shutting down", code="shutting_down"))
+                self._end(job, "error", ApiError(503, "the server is shutting down", code="shutting_down"))
             self._gauge()
 
     def _wait(self) -> bool:
@@ -169,8 +153,8 @@ class Scheduler:
             if job.cancelled:
                 self._end(job, "cancelled")
             elif now > job.deadline:
-                self._end(job, "timeout")
-                job.emit(ApiError(504, f"the request took more than {self._timeout:g} s", code="timeout"))
+                error = ApiError(504, f"the request took more than {self._timeout:g} s", code="timeout")
+                self._end(job, "timeout", error)
 
     def _admit(self) -> None:
         """Start to read the first prompt that there is room for."""
@@ -198,87 +182,67 @@ class Scheduler:
         start = time.monotonic()
         try:
             logits = self.engine.advance()
+            self._count()
+            if logits is not None:
+                rows = rows_of(job, self._decode)
+                self.engine.join(rows)
         except InputError as error:
-            self._end(job, "error")
-            job.emit(ApiError(400, str(error), code="cannot_evict"))
+            self._end(job, "error", ApiError(400, str(error), code="cannot_evict"))
             return
         except Exception:  # noqa: BLE001 - one request's failure must not end the others
             _log.exception("reading a prompt of %d tokens failed", len(job.ids))
-            self._end(job, "error")
-            job.emit(ApiError(500, "the model failed on this prompt"))
+            self._end(job, "error", ApiError(500, "the model failed on this prompt"))
             return
         self.metrics.chunk.add(time.monotonic() - start)
-        self._count()
         if logits is None:
             return
-        sampling, self._reading = job.sampling, None
-        seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
-        rows = [
-            _Row(job, k, TextStream(self._decode, sampling.stop), random.Random(f"{seed}:{k}"))  # noqa: S311
-            for k in range(sampling.n)
-        ]
-        job.open = len(rows)
+        self._reading = None
         self.metrics.tokens["prompt"] += len(job.ids)
-        self.engine.join(rows)
         kept = job.need.row * job.need.copies
         self.pool.give(job.held - kept)
-        job.held = kept
+        job.held, job.open = kept, len(rows)
+        self._count()
         self._write(rows, logits.expand(len(rows), -1))
 
     def _step(self) -> None:
         """Write one token in each row."""
-        rows: list[_Row] = self.engine.owners
+        rows: list[Row] = self.engine.owners
         start = time.monotonic()
         try:
             logits = self.engine.step([row.token for row in rows])
         except Exception:  # noqa: BLE001 - the requests that wait can still be served
             _log.exception("a step of %d rows failed", len(rows))
-            for job in dict.fromkeys(row.job for row in rows):
-                self._end(job, "error")
-                job.emit(ApiError(500, "the model failed while it wrote this answer"))
+            self._fail(rows)
             return
         self.metrics.step.add(time.monotonic() - start)
         self._count()
         self._write(rows, logits)
 
-    def _write(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+    def _write(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         """Choose each row's next token, hand out its text, and let go of rows that have ended."""
         how = [row.job.sampling for row in rows]
         tokens = draw(
             logits, [s.temperature for s in how], [s.top_p for s in how], [row.random.random() for row in rows]
         )
         self.metrics.tokens["answer"] += len(rows)
-        ended = []
-        for row, token, line in zip(rows, tokens, logits, strict=True):
-            self._take(row, token, line)
-            if row.finish is not None:
-                ended.append(row)
-        if ended:
-            self._leave(ended)
+        failed = []
+        for row, token, line, lost in zip(rows, tokens, logits, logits.isnan().any(-1).tolist(), strict=True):
+            try:
+                if lost:
+                    raise ArithmeticError("the logits are no numbers")
+                if (piece := row.take(token, line, self._ends)) is not None:
+                    row.job.emit(piece)
+            except Exception:  # noqa: BLE001 - a token that cannot be shown must not end the others
+                _log.exception("token %d of an answer failed", row.written)
+                failed.append(row)
+        self._fail(failed)
+        given_up = {row.job for row in failed}
+        self._leave([row for row in rows if row.finish is not None and row.job not in given_up])
 
-    def _take(self, row: _Row, token: int, logits: torch.Tensor) -> None:
-        job, top = row.job, row.job.sampling.top
-        row.token, row.written = token, row.written + 1
-        job.written += 1
-        shown: tuple[Token, ...] = ()
-        text = ""
-        if token in self._ends:
-            row.finish = "stop"
-        else:
-            text = row.text.push(token)
-            if top is not None:
-                shown = (Token(token, *best(logits, token, top)),)
-            if row.text.stopped:
-                row.finish = "stop"
-            elif row.written == job.new:
-                row.finish = "length"
-        if row.finish is not None:
-            text += row.text.flush()
-        if text or shown or row.finish is not None:
-            job.emit(Piece(row.index, text, shown, row.finish))
-
-    def _leave(self, rows: Sequence[_Row]) -> None:
+    def _leave(self, rows: Sequence[Row]) -> None:
         """Free the slots of answers that have ended."""
+        if not rows:
+            return
         self.engine.leave(set(rows))
         for row in rows:
             job = row.job
@@ -291,8 +255,12 @@ class Scheduler:
                 full = sum(self.engine.shape.content) * (len(job.ids) * job.need.copies + job.written)
                 job.emit(Done(len(job.ids), job.written, job.need.row * job.need.copies, full))
 
-    def _end(self, job: Job, outcome: str) -> None:
-        """Take a job out, wherever it is."""
+    def _fail(self, rows: Sequence[Row]) -> None:
+        for job in dict.fromkeys(row.job for row in rows):
+            self._end(job, "error", ApiError(500, "the model failed while it wrote this answer"))
+
+    def _end(self, job: Job, outcome: str, error: ApiError | None = None) -> None:
+        """Take a job out, wherever it is, and tell its client why."""
         with self._change:
             if job in self._queue:
                 self._queue.remove(job)
@@ -303,6 +271,8 @@ class Scheduler:
         self.pool.give(job.held)
         job.held = 0
         self.metrics.requests[outcome] += 1
+        if error is not None:
+            job.emit(error)
 
     def _count(self) -> None:
         self._peak = max(self._peak, self.engine.nbytes)

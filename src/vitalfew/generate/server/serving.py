@@ -13,13 +13,16 @@ from vitalfew.core.budget import Budget, parse_size
 from vitalfew.core.errors import InputError
 from vitalfew.generate.keeping import keeper
 from vitalfew.generate.key_tokens import KeyTokens
-from vitalfew.generate.policies import Policy
+from vitalfew.generate.policies import Policy, policy_named
 from vitalfew.generate.request import Plan
-from vitalfew.generate.server.jobs import Done, Emit, Job, Piece
-from vitalfew.generate.server.requests import ApiError, Ask
+from vitalfew.generate.server.jobs import Emit, Job
+from vitalfew.generate.server.requests import ApiError, Ask, shown
 from vitalfew.generate.server.scheduler import Scheduler
 
 __all__ = ["Serving", "Settings"]
+
+_BEFORE = 4
+"""Tokens of a prompt that the text of its answer goes on from."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,12 @@ class Settings:
                 raise InputError(f"{field} must be at least {least}, got {getattr(self, field)}", hint="leave it out")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}", hint="leave it out for no limit")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise InputError("an API key must be ASCII and not empty", hint="leave it out for none")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key and key == key.strip()):
+            # No header could bring it; a line's end from a file is what this mostly is.
+            raise InputError("an API key must be printable ASCII without space around it", hint="leave it out for none")
+        if isinstance(self.policy, str):
+            policy_named(self.policy)
 
 
 class Serving:
@@ -102,11 +109,11 @@ class Serving:
         self._tokenizer, self._lock, self._vocabulary = tokenizer, threading.Lock(), config.vocab_size
         reader = copy.deepcopy(tokenizer)  # decodes in the loop's thread while this one encodes in others
 
-        def decode(ids: Sequence[int]) -> str:
-            return str(reader.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        def decode(ids: Sequence[int], *, special: bool = False) -> str:
+            return str(reader.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
         self._plan = functools.lru_cache(maxsize=64)(self._plan_of)
-        self.decode: Callable[[Sequence[int]], str] = decode
+        self.token_name: Callable[[int], str] = lambda token: decode([token], special=True)
         self._few = KeyTokens(
             model, settings.budget, policy=settings.policy, min_length=settings.min_length, seed=settings.seed
         )
@@ -134,8 +141,13 @@ class Serving:
         """
         if ask.model != self.settings.name:
             raise ApiError(
-                404, f"there is no model {ask.model!r}, this server has {self.settings.name!r}", param="model",
+                404, f"there is no model {shown(ask.model)}, this server has {self.settings.name!r}", param="model",
                 code="model_not_found",
+            )  # fmt: skip
+        if len(ask.prompts) > self.settings.queue:
+            raise ApiError(
+                400, f"{len(ask.prompts):,} prompts in one request, at most {self.settings.queue:,} can wait",
+                param="prompt",
             )  # fmt: skip
         return [self._job(ask, self._encode(prompt), k, emit) for k, prompt in enumerate(ask.prompts)]
 
@@ -159,12 +171,8 @@ class Serving:
         except InputError as error:  # too short for the budget
             raise ApiError(400, str(error), param=field, code="cannot_evict") from None
 
-        def number_on(found: Piece | Done | ApiError) -> None:
-            if isinstance(found, Piece):
-                found = Piece(number * sampling.n + found.index, found.text, found.tokens, found.finish)
-            emit(found)
-
-        return Job(ids, sampling, new, number_on, plan, need)
+        before = [] if ask.chat else ids[-_BEFORE:]
+        return Job(ids, sampling, new, emit, plan, need, first=number * sampling.n, before=before)
 
     def _plan_of(self, budget: float | None) -> Plan:
         """Return what is kept with this share; equal shares get the same plan, so that their rows stand together."""

@@ -20,6 +20,8 @@ class TextStream:
         Tokens to text.
     stops
         Texts at which the answer ends; they are not part of it.
+    before
+        Tokens that the text goes on from; some tokenizers leave out the space that a text begins with.
 
     Attributes
     ----------
@@ -33,12 +35,14 @@ class TextStream:
     (['a', '', 'é', ' ', '', ''], 'EN')
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self._decode, self._stops = decode, tuple(stops)
         # Tokens from the last sure place on, how many of them were sure before that, and the text of those: some
         # tokenizers write a token's space only after another token.
-        self._ids: list[int] = []
-        self._read, self._base = 0, ""
+        self._ids = list(before)
+        self._read, self._base = len(self._ids), decode(self._ids) if before else ""
         self._sent = 0
         self._held = ""
         self.stopped = False
