@@ -103,6 +103,14 @@ def test_killed_at_any_moment_until_done(start: Start, whole: Path, log: Path, s
     assert weights(folder) == weights(whole)
 
 
+def test_a_run_killed_as_it_began_left_nothing(cli: Cli, log: Path) -> None:
+    folder = log.parent / "a"
+    folder.mkdir()
+    (folder / ".run.json.0123.part").write_bytes(b"{")
+    assert cli("train", log, *TRAIN, "--out", "a").code == 0
+    assert not list(folder.glob(".*"))
+
+
 @pytest.mark.parametrize("what", ["encode", "count ids"])
 def test_kill_before_the_training(start: Start, cli: Cli, whole: Path, log: Path, what: str) -> None:
     folder = whole.parent / "a"

@@ -37,6 +37,8 @@ from vitalfew.meter import Scope, scope
 __all__ = ["load_model", "predict_log", "resume_log", "train_log"]
 
 _VERSION = 3
+_BEGUN = ".run.json.*.part"
+"""All that a run leaves which is killed as it begins."""
 _UPGRADES = {
     1: lambda about: {**about, "tiers": None, "run": ""},
     2: lambda about: {**about, "method": "fused"},
@@ -88,7 +90,7 @@ def train_log(
     _check(pairs, trial_steps, tolerance, checkpoint_seconds)
     if (folder / "run.json").exists():
         raise InputError(f"{out} holds a run already", hint="go on with it by --resume, or choose another --out")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and all(each.match(_BEGUN) for each in folder.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder", hint="choose another --out")
     if method != "auto":
         check_way(way_named(method), tiers)
@@ -107,6 +109,8 @@ def train_log(
         "command": command,
     }
     with fresh_folder(folder), alone(folder):
+        for part in folder.glob(_BEGUN):
+            part.unlink()
         job = _prepare(folder, about, progress)
     with alone(folder):
         return _complete(job, about, checkpoint_seconds, progress, say)
