@@ -250,7 +250,7 @@ def serve_table(body: Mapping[str, Any], machine: str) -> str:
     return lines(
         f"{setup['clients']} streaming clients; prompts of {setup['shortest']:,} to {setup['longest']:,} tokens",
         f"and {setup['new']} more each; {amount(memory, 'B')} for keys and values, eight of the longest in full;",
-        f"means of {len(pairs)} turns.",
+        f"means; turns taken: {len(pairs)}.",
         f"Measured on {machine}.",
         "",
         f"| | full cache | {share:.0%}, {setup['policy']} |",
