@@ -52,8 +52,3 @@ def prompts(kind: str) -> list[str]:
     """Return the ``"long"`` or ``"short"`` prompts that OpenVINO GenAI tests its cache eviction with."""
     text = gzip.decompress((DATA / "prompts" / f"{kind}_prompts.txt.gz").read_bytes()).decode()
     return [line for line in text.split("\n") if line.strip()]
-
-
-def command(script: str, out: Path | None) -> str:
-    """Return the command line without paths of a machine."""
-    return f"python benchmarks/generate/{script}" + (f" --out benchmarks/results/{out.name}" if out else "")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import os
 import sys
 import time
@@ -23,25 +22,19 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from sample import command, essay_tokens, sample_model
+from transformers import DynamicCache, StaticCache
 
 from vitalfew.core.files import write_document
 from vitalfew.generate.ceiling import KVShape, foretell, weight_bytes
 from vitalfew.generate.key_tokens import KeyTokens
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
-DATA = Path(os.environ.get("VITALFEW_DATA", Path(__file__).parents[3] / "shared" / "data")) / "generate" / "essays"
 STATIC = {(4, 4096, 0.5): 1.3, (4, 4096, 0.2): 1.7, (1, 7168, 0.5): 1.12, (1, 7168, 0.2): 1.3}
 DYNAMIC = {0.5: 1.6, 0.2: 2.1}
 """Speed over a static cache by rows, tokens and budget, and over a dynamic one with 4 rows, that is asked for."""
 NOISE = 1.1
 """How much longer than without noise a step with noise may take."""
-
-
-def essays(tokenizer: Any) -> torch.Tensor:
-    texts = [gzip.decompress(path.read_bytes()).decode() for path in sorted(DATA.glob("*.txt.gz"))]
-    return torch.cat([tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts])
 
 
 def twin(model: Any) -> Any:
@@ -153,9 +146,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = essays(AutoTokenizer.from_pretrained(folder))
+    model, tokenizer = sample_model()
+    text = essay_tokens(tokenizer)
     shares = [float(share) for share in args.budgets.split(",")]
     shapes = [(int(r), int(n)) for r in args.rows.split(",") for n in args.tokens.split(",")]
     if args.quick:
@@ -168,7 +160,7 @@ def main() -> int:
                 results.append(row)
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     if args.out:
-        about = {"command": "python " + " ".join(sys.argv), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         write_document(args.out, "benchmark", 1, {**about, "results": results})
     return int(any(row["missed"] for row in results))
 

@@ -19,13 +19,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import command
-from decode import essays
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, essay_tokens, sample_model
 
 from vitalfew.core.files import write_document
 from vitalfew.generate import KeyTokens
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 MOST = 1.15
@@ -52,9 +49,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = essays(AutoTokenizer.from_pretrained(folder))
+    model, tokenizer = sample_model()
+    text = essay_tokens(tokenizer)
     lengths = [300] if args.quick else [int(length) for length in args.tokens.split(",")]
     results, arms = [], [None, *POLICIES]
     with torch.inference_mode():
@@ -75,7 +71,7 @@ def main() -> int:
                 )  # fmt: skip
                 print(results[-1], flush=True)
     if args.out:
-        about = {"command": command("first_token.py", args.out), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         write_document(args.out, "benchmark", 1, {**about, "results": results})
     return int(any(row["missed"] for row in results))
 

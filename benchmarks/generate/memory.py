@@ -10,8 +10,6 @@ where one of them fails.
 from __future__ import annotations
 
 import argparse
-import gzip
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,25 +17,18 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, essay_tokens, sample_model
 
 from vitalfew.core.files import write_document
 from vitalfew.generate.budgets import slot_bytes, uniform
 from vitalfew.generate.ceiling import KVShape
 from vitalfew.generate.key_tokens import KeyTokens
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
-DATA = Path(os.environ.get("VITALFEW_DATA", Path(__file__).parents[3] / "shared" / "data")) / "generate" / "essays"
 MARK = 8
 """Bytes per row and head that name the slot which goes next."""
 GROWTH = 16 << 20
 """How much the process may grow after its first fifth: what allocators keep, not what tokens take."""
-
-
-def essays(tokenizer: Any, count: int) -> torch.Tensor:
-    texts = (gzip.decompress(path.read_bytes()).decode() for path in sorted(DATA.glob("*.txt.gz")))
-    return tokenizer("\n".join(texts), return_tensors="pt", verbose=False).input_ids[:, :count]
 
 
 def stream(model: Any, ids: torch.Tensor, prompt: int, share: float, chunk: int) -> dict[str, Any]:
@@ -79,14 +70,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.prompt, args.chunk = 1_000, 256, 8
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = essays(AutoTokenizer.from_pretrained(folder), args.tokens)
+    model, tokenizer = sample_model()
+    ids = essay_tokens(tokenizer)[None, : args.tokens]
     assert ids.shape[1] == args.tokens, "the essays are too short"
     found = stream(model, ids, args.prompt, args.budget, args.chunk)
     print({name: value for name, value in found.items() if name != "rss"})
     if args.out:
-        about = {"command": "python " + " ".join(sys.argv), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         write_document(args.out, "benchmark", 1, {**about, "results": found})
     return int(found["grown after a fifth"] > GROWTH)
 

@@ -30,13 +30,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import command, essays
+from corpora import essays
 from prompts_once import WINDOW, Beginnings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, sample_model
 
 from vitalfew.core.files import read_document, write_document
 from vitalfew.generate import H2O, TOVA, Keyformer, Policy, SnapKV, Streaming, then
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 LENGTHS, NEEDLES, BUDGETS = (700, 1400, 2800), (1, 3), (0.5, 0.2)
@@ -176,11 +175,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = sample_model()
     about = {
-        "command": command("needles.py", args.out), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
+        "command": command(), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
         "each": args.each, "depths": list(DEPTHS),
     }  # fmt: skip
     runs: dict[str, dict[str, list[bool]]] = {}

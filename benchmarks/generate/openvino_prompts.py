@@ -26,13 +26,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import command, prompts
+from corpora import prompts
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, sample_model
 
 from vitalfew.core.files import write_document
 from vitalfew.generate import H2O, Keyformer, KeyTokens, Policy, SnapKV, Streaming, then
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 START, RECENT, MOST = 32, 32, 96
@@ -110,15 +109,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model, tokenizer = sample_model()
+    tokenizer.padding_side = "left"
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for case in CASES[1:2] if args.quick else CASES:
             results += run(model, tokenizer, case, prompts(case.kind)[: 2 if args.quick else None])
     if args.out:
-        about = {"command": command("openvino_prompts.py", args.out), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         body = {"model": "SmolLM2-135M-Instruct, float32", "arena": [START, RECENT, MOST], "results": results}
         write_document(args.out, "benchmark", 1, {**about, **body})
     return int(any(row["missed"] for row in results) and not args.quick)

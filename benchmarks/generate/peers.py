@@ -34,13 +34,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import command
 from decode import Arm, full_arms, twin
-from decode import essays as essay_tokens
 from needles import NEW, samples
 from prompts_once import WINDOW, Beginnings
 from quality import corpus, figures, follow, spread
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, essay_tokens, sample_model
 
 from vitalfew.core.files import read_document, write_document
 from vitalfew.generate import H2O, TOVA, KeyTokens, Policy, SnapKV, Streaming
@@ -274,9 +272,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sides = Sides(model, AutoTokenizer.from_pretrained(folder), folder, args.peer, args.quick)
+    model, tokenizer = sample_model()
+    sides = Sides(model, tokenizer, smollm2(), args.peer, args.quick)
     parts: dict[str, Any] = read_document(args.out, "benchmark", 1)["parts"] if args.out and args.out.exists() else {}
     for name in args.parts.split(","):
         if name not in PARTS:
@@ -288,7 +285,7 @@ def main() -> int:
         print(json.dumps(parts[name], indent=1), flush=True)
         if args.out:
             about = {
-                "command": command("peers.py --peer PYTHON", args.out), "machine": machine(), "quick": args.quick,
+                "command": command(), "machine": machine(), "quick": args.quick,
                 "model": "SmolLM2-135M-Instruct, float32", "peer": sides.versions, "parts": parts,
             }  # fmt: skip
             write_document(args.out, "benchmark", 1, about)

@@ -21,12 +21,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from decode import essays
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, essay_tokens, sample_model
 
 from vitalfew.core.files import write_document
 from vitalfew.generate.prefix import CompressedPrefix, compress
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 LIMIT = 0.1
@@ -75,9 +73,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = essays(AutoTokenizer.from_pretrained(folder))
+    model, tokenizer = sample_model()
+    text = essay_tokens(tokenizer)
     length = 512 if args.quick else args.tokens
     results = []
     for rows, codec in ((1, None), (8, None), (1, "int8")):
@@ -86,7 +83,7 @@ def main() -> int:
         results.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     if args.out:
-        about = {"command": "python " + " ".join(sys.argv), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         write_document(args.out, "benchmark", 1, {**about, "results": results})
     return int(any(row["missed"] for row in results) and not args.quick)
 

@@ -25,14 +25,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import articles, command, essays, lambada, meetings
+from corpora import articles, essays, lambada, meetings
 from prompts_once import WINDOW, Beginnings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, sample_model
 
 from vitalfew.core.files import read_document, write_document
 from vitalfew.core.intervals import mean_interval
 from vitalfew.generate import H2O, TOVA, Keyformer, KeyTokens, Policy, Random, Recent, SnapKV, Streaming, then
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 PROMPT, LATER, EACH = 800, 200, 9
@@ -158,13 +157,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = sample_model()
     prompt, later, arms = (200, 20, ARMS[:4]) if args.quick else (PROMPT, LATER, ARMS)
     texts = corpus(tokenizer, prompt + later)[: 3 if args.quick else None]
     about = {
-        "command": command("quality.py", args.out), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
+        "command": command(), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
         "prompt": prompt, "later": later, "texts": [name for name, _ in texts],
         "tokens": hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
     }  # fmt: skip

@@ -18,15 +18,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from decode import essays, twin
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from decode import twin
+from sample import command, essay_tokens, sample_model
+from transformers import DynamicCache
 
 from vitalfew.core.files import write_document
 from vitalfew.generate.budgets import slot_bytes
 from vitalfew.generate.ceiling import KVShape
 from vitalfew.generate.key_tokens import KeyTokens
 from vitalfew.generate.quant import CODECS
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 INT8, OTHERS = 0.003, 0.02
@@ -89,9 +89,8 @@ def main() -> int:
     if args.quick:
         args.rows, args.prompt, args.new = 2, 256, 8
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = essays(AutoTokenizer.from_pretrained(folder))
+    model, tokenizer = sample_model()
+    text = essay_tokens(tokenizer)
     ids = text[: len(text) // args.rows * args.rows].view(args.rows, -1)[:, : args.prompt + args.new]
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
@@ -100,7 +99,7 @@ def main() -> int:
                 results.append(row)
                 print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     if args.out:
-        about = {"command": "python " + " ".join(sys.argv), "machine": machine(), "quick": args.quick}
+        about = {"command": command(), "machine": machine(), "quick": args.quick}
         write_document(args.out, "benchmark", 1, {**about, "results": results})
     return int(any(row["missed"] for row in results) and not args.quick)
 

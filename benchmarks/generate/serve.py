@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import torch
-from corpora import command, essays
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from corpora import essays
+from sample import command, sample_model
 
 from vitalfew.core.files import write_document
 from vitalfew.generate.server._fastapi import Server
 from vitalfew.generate.server.serving import Serving, Settings
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 
@@ -119,9 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.shortest, args.longest, args.new, args.repeats = 64, 192, 24, 1
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = sample_model()
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # each answer has all of its tokens
     ids = tokenizer("\n".join(essays().values()), verbose=False)["input_ids"]
     span = max(1, args.longest - args.shortest)
@@ -144,7 +140,7 @@ def main() -> int:
     print({name: [round(ratio, 3) for ratio in found] for name, found in ratios.items()})
     if args.out:
         setup = {name: getattr(args, name) for name in ("clients", "shortest", "longest", "new", "policy", "quick")}
-        about = {"command": command("serve.py", args.out), "machine": machine(), "setup": setup}
+        about = {"command": command(), "machine": machine(), "setup": setup}
         write_document(args.out, "benchmark", 1, {**about, "results": runs, "ratios": ratios})
     return 0
 

@@ -21,14 +21,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from corpora import articles, command
+from corpora import articles
 from quality import POLICIES, spread
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sample import command, sample_model
 
 from vitalfew.core.files import read_document, write_document
 from vitalfew.generate import KeyTokens
-from vitalfew.generate.weights import smollm2
 from vitalfew.meter import machine
 
 SHORTEST, LONGEST, ARTICLES, BATCH, NEW = 300, 900, 32, 8, 48
@@ -109,13 +108,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2(say=lambda line: print(line, file=sys.stderr))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model, tokenizer = sample_model()
+    tokenizer.padding_side = "left"
     pairs = chosen(tokenizer, 2 if args.quick else args.articles)
     prompts, gold = [prompt for prompt, _ in pairs], [summary for _, summary in pairs]
     about = {
-        "command": command("summaries.py", args.out), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
+        "command": command(), "machine": machine(), "model": "SmolLM2-135M-Instruct, float32",
         "articles": len(pairs), "tokens": NEW,
     }  # fmt: skip
     runs: dict[str, list[str]] = {}

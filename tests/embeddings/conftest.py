@@ -1,13 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-
 import pytest
-import torch
 from hypothesis import settings
-
-from vitalfew.core import InputError
 
 collect_ignore = ["peer_fbgemm.py"]  # a script for an environment of its own
 
@@ -15,24 +9,6 @@ settings.register_profile("embeddings", deadline=None, derandomize=True, databas
 settings.load_profile("embeddings")
 
 
-@contextmanager
-def _refuses(value: object) -> Iterator[None]:
-    with pytest.raises(InputError) as caught:
-        yield
-    assert str(value) in caught.value.message
-    assert caught.value.hint
-
-
-@pytest.fixture(scope="session")
-def refuses() -> Callable[..., AbstractContextManager[None]]:
-    """The block raises an error for users that names the value and says what to do."""
-    return _refuses
-
-
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[Callable[[int], None]]:
-    """Set PyTorch's number of threads for one test; one, unless the test says otherwise: the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def one_thread(threads: object) -> None:
+    """Each test here computes with one thread, unless it says otherwise."""

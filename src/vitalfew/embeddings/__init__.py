@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vitalfew.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vitalfew.embeddings.ahead import Prefetch
@@ -143,18 +144,7 @@ __all__ = [
     "wrap",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first used: torch is not loaded before."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vitalfew.core import need
-
-    need("torch")
-    need("numba")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME, "torch", "numba")
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vitalfew.core.lazy import lazily
 
 if TYPE_CHECKING:
     from vitalfew.look.budgets import BudgetLook, MemoryLook, look_at_budgets
@@ -45,9 +46,4 @@ __all__ = [
     "psi",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"vitalfew.look.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

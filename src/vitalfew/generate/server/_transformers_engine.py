@@ -66,8 +66,7 @@ class Engine:
 
     Notes
     -----
-    A row that joins or leaves has the rows of its group copied once, which takes about a hundredth of the time that
-    reading its prompt took.
+    A row that joins or leaves has the rows of its group copied once.
     """
 
     def __init__(self, few: KeyTokens, *, chunk: int = 256) -> None:
