@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
 
 from vitalfew.core.errors import InputError
-from vitalfew.generate import _kernels_reference
+from vitalfew.generate import _calling, _kernels_reference, _kernels_threads
 from vitalfew.generate.noise import Noise, gumbel
+from vitalfew.generate.packed import Packed, attend_held, pack
+from vitalfew.generate.quant import Int8
 from vitalfew.generate.scores import (
     Logits,
     Votes,
@@ -339,3 +342,37 @@ def test_a_mask_has_no_positions():
     q, k, v = tensors(2, 2)
     with pytest.raises(InputError, match="ALiBi"):
         attend_masked(q, k, v, FORMS["alibi"], torch.ones(2, 1, 2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("noise", [None, Noise(5, 1)], ids=["plain", "noisy"])
+def test_any_number_of_threads_gives_the_same_bits(noise, threads, monkeypatch):
+    monkeypatch.setattr(_calling, "_LEAST", 1)
+    shared = []
+    for name in ("attend", "attend_coded", "noisy_votes", "vote_and_mark"):
+        kernel = getattr(_kernels_threads, name)
+        seen = lambda *given, name=name, kernel=kernel: (shared.append(name), kernel(*given))[1]  # noqa: E731
+        monkeypatch.setattr(_kernels_threads, name, seen)
+    torch.manual_seed(3)
+    q, k, v = torch.randn(3, 4, 70, 8), torch.randn(3, 2, 70, 8), torch.randn(3, 2, 70, 8)
+    at = torch.arange(70).expand(3, 70)
+    held, last = at[:, None].expand(3, 2, 70), torch.full((3,), 70)
+    coded = [Packed(pack(x, Int8()), Int8(), 8) for x in (k, v)]
+
+    def run():
+        votes = Votes(None, 1.3, noise)
+        first, cast = attend_prompt(q, k, v, FORMS["plain"], held, at, votes, causal=True)
+        out, logits = attend_slots(q[:, :, -1:], k, v, FORMS["all"], held, last)
+        score = cast.clone()
+        marked = vote_and_mark(score, logits, 1.5, noise, held, last, 9)
+        return first, cast, out, logits, score, marked, *attend_held(
+            q[:, :, -1:], *coded, FORMS["softcap"], held, last
+        )  # fmt: skip
+
+    one = run()
+    assert not shared
+    for count in (2, 3):
+        threads(count)
+        for a, b in zip(one, run(), strict=True):
+            assert torch.equal(a, b)
+        names = ["noisy_votes"] if noise else []
+        assert {*shared} == {"attend", "attend_coded", "vote_and_mark", *names} or numba.config.NUMBA_NUM_THREADS == 1

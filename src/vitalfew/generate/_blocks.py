@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vitalfew.generate import _kernels_numba
+from vitalfew.generate import _kernels_numba, _kernels_threads
+from vitalfew.generate._calling import threads_for
 from vitalfew.generate.noise import POOL, inverses
 
 if TYPE_CHECKING:
@@ -106,9 +107,14 @@ def _add_noisy_votes(
     count = weights.shape[1]
     if in_order and weights.device.type == "cpu":
         draws = inverses(seed, weights.device, count)
-        _kernels_numba.noisy_votes(
-            weights.numpy(), draws.numpy(), rows.numpy(), np.float32(1 / tau), voices.numpy(), got.numpy()
-        )
+        shares = np.empty(len(weights), np.float32)
+        given = (weights.numpy(), draws.numpy(), rows.numpy(), np.float32(1 / tau), voices.numpy(), shares)
+        threads = threads_for(len(weights), 4 * weights.numel())
+        if threads > 1:
+            _kernels_threads.noisy_votes(*given, got.numpy(), threads)
+        else:
+            _kernels_numba.add_noise(*given, 0, len(weights))
+            _kernels_numba.add_votes(given[0], shares, got.numpy(), 0, count)
         return
     at = torch.arange(count, device=rows.device) if in_order else key_pos.to(torch.int64)
     weights *= inverses(seed, weights.device)[(rows[:, None] + at) & (POOL - 1)]

@@ -83,36 +83,36 @@ def _decode(table: Any, at: Any, step: Any, kind: Any, group: Any, bits: Any, ou
 @njit(nogil=True, cache=True, fastmath=_LOOSE)
 def attend(
     query: Any, keys: Any, key_steps: Any, values: Any, value_steps: Any, kind: Any, groups: Any, pos: Any,
-    query_pos: Any, scale: Any, softcap: Any, slopes: Any, sinks: Any, out: Any, logits: Any,
+    query_pos: Any, scale: Any, softcap: Any, slopes: Any, sinks: Any, out: Any, logits: Any, first: Any, end: Any,
 ) -> None:  # fmt: skip
     """Fill `out` (B, H, G, dv) and `logits` (B, H, G, C) of one token, as `_kernels_numba.attend`.
 
     Queries come turned, and `out` is turned; `groups` are the channels per scale of keys and of values.
     """
-    rows, heads, group, d = query.shape
+    _, heads, group, d = query.shape
     slots, width = logits.shape[3], out.shape[3]
     weights, two = np.empty((group, slots), np.float32), np.empty(slots, np.float32)
     q, shares = np.empty((group, d), np.float32), np.empty(group, np.float32)
     bits = np.empty(max(d, width), np.int32)
     some_keys, some_values = np.empty((_BLOCK, d), np.float32), np.empty((_BLOCK, width), np.float32)
-    for b in range(rows):
-        for h in range(heads):
-            q[:] = query[b, h]
-            q *= scale
-            x, at = logits[b, h], b * key_steps[0] + h * key_steps[1]
-            for c in range(0, slots, _BLOCK):
-                end = min(c + _BLOCK, slots)
-                block = some_keys[: end - c]
-                _decode(keys, at + c * key_steps[2], key_steps[2], kind, groups[0], bits, block)
-                _dots(q, block, 0, 1, x[:, c:end])
-            _bend(x, pos[b, h], query_pos[b], softcap, slopes[h * group :])
-            o, at = out[b, h], b * value_steps[0] + h * value_steps[1]
-            o[:] = _ZERO
-            _weigh(x, sinks[h * group :], weights, two, shares)
-            for c in range(0, slots, _BLOCK):
-                end = min(c + _BLOCK, slots)
-                block = some_values[: end - c]
-                _decode(values, at + c * value_steps[2], value_steps[2], kind, groups[1], bits, block)
-                _sum_rows(weights[:, c:end], block, 0, 1, pos[b, h, c:end], o)
-            for g in range(group):
-                o[g] *= shares[g]
+    for pair in range(first, end):
+        b, h = divmod(pair, heads)
+        q[:] = query[b, h]
+        q *= scale
+        x, at = logits[b, h], b * key_steps[0] + h * key_steps[1]
+        for c in range(0, slots, _BLOCK):
+            stop = min(c + _BLOCK, slots)
+            block = some_keys[: stop - c]
+            _decode(keys, at + c * key_steps[2], key_steps[2], kind, groups[0], bits, block)
+            _dots(q, block, 0, 1, x[:, c:stop])
+        _bend(x, pos[b, h], query_pos[b], softcap, slopes[h * group :])
+        o, at = out[b, h], b * value_steps[0] + h * value_steps[1]
+        o[:] = _ZERO
+        _weigh(x, sinks[h * group :], weights, two, shares)
+        for c in range(0, slots, _BLOCK):
+            stop = min(c + _BLOCK, slots)
+            block = some_values[: stop - c]
+            _decode(values, at + c * value_steps[2], value_steps[2], kind, groups[1], bits, block)
+            _sum_rows(weights[:, c:stop], block, 0, 1, pos[b, h, c:stop], o)
+        for g in range(group):
+            o[g] *= shares[g]

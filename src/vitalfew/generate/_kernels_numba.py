@@ -149,26 +149,29 @@ def _weigh(x: Any, sinks: Any, weights: Any, two: Any, shares: Any) -> None:
 @njit(nogil=True, cache=True, fastmath=_LOOSE)
 def attend(
     query: Any, keys: Any, key_steps: Any, values: Any, value_steps: Any, pos: Any, query_pos: Any, scale: Any,
-    softcap: Any, slopes: Any, sinks: Any, out: Any, logits: Any,
+    softcap: Any, slopes: Any, sinks: Any, out: Any, logits: Any, first: Any, end: Any,
 ) -> None:  # fmt: skip
-    """Fill `out` (B, H, G, d) and `logits` (B, H, G, C) of one token; `softcap` 0 and empty arrays mean none."""
-    rows, heads, group, d = query.shape
+    """Fill `out` (B, H, G, d) and `logits` (B, H, G, C) of one token; `softcap` 0 and empty arrays mean none.
+
+    Of the pairs of a row and a head, counted row by row, those from `first` to `end` are done.
+    """
+    _, heads, group, d = query.shape
     slots = logits.shape[3]
     weights, two = np.empty((group, slots), np.float32), np.empty(slots, np.float32)
     q, shares = np.empty((group, d), np.float32), np.empty(group, np.float32)
-    for b in range(rows):
-        for h in range(heads):
-            q[:] = query[b, h]
-            q *= scale
-            x = logits[b, h]
-            _dots(q, keys, b * key_steps[0] + h * key_steps[1], key_steps[2], x)
-            _bend(x, pos[b, h], query_pos[b], softcap, slopes[h * group :])
-            o = out[b, h]
-            o[:] = _ZERO
-            _weigh(x, sinks[h * group :], weights, two, shares)
-            _sum_rows(weights, values, b * value_steps[0] + h * value_steps[1], value_steps[2], pos[b, h], o)
-            for g in range(group):
-                o[g] *= shares[g]
+    for pair in range(first, end):
+        b, h = divmod(pair, heads)
+        q[:] = query[b, h]
+        q *= scale
+        x = logits[b, h]
+        _dots(q, keys, b * key_steps[0] + h * key_steps[1], key_steps[2], x)
+        _bend(x, pos[b, h], query_pos[b], softcap, slopes[h * group :])
+        o = out[b, h]
+        o[:] = _ZERO
+        _weigh(x, sinks[h * group :], weights, two, shares)
+        _sum_rows(weights, values, b * value_steps[0] + h * value_steps[1], value_steps[2], pos[b, h], o)
+        for g in range(group):
+            o[g] *= shares[g]
 
 
 @njit(inline="always")
@@ -186,36 +189,55 @@ def _start(key: Any, head: Any, pos: Any) -> Any:
 
 @njit(nogil=True, cache=True, fastmath=_LOOSE)
 def vote_and_mark(
-    score: Any, logits: Any, tau: Any, gumbel: Any, key: Any, pos: Any, query_pos: Any, recent: Any, marked: Any
-) -> None:
+    score: Any, logits: Any, tau: Any, gumbel: Any, key: Any, pos: Any, query_pos: Any, recent: Any, marked: Any,
+    first: Any, end: Any,
+) -> None:  # fmt: skip
     """Add the votes of one token to `score` (B, H, C) and fill `marked` (B, H); an empty `gumbel` means no noise.
 
-    `key` is the noise's; `tau` and `recent` hold one for each row, or one for all.
+    `key` is the noise's; `tau` and `recent` hold one for each row, or one for all; `first` and `end` as in `attend`.
     """
-    rows, heads, group, slots = logits.shape
+    _, heads, group, slots = logits.shape
     mask = len(gumbel) - 1
     y, two, votes = np.empty(slots, np.float32), np.empty(slots, np.float32), np.empty(slots, np.float32)
-    for b in range(rows):
-        cooler = _ONE / tau[b % len(tau)]
-        for h in range(heads):
-            at = pos[b, h]
-            votes[:] = _ZERO
-            for g in range(group):
-                x = logits[b, h, g]
-                if len(gumbel):
-                    start = _start(key, h * group + g, query_pos[b])
-                    for c in range(slots):
-                        y[c] = (x[c] + gumbel[(start + at[c]) & mask]) * cooler
-                else:
-                    for c in range(slots):
-                        y[c] = x[c] * cooler
-                share = _ONE / (_exp(y, _highest(y), two) * np.float32(group))
+    for pair in range(first, end):
+        b, h = divmod(pair, heads)
+        cooler, at = _ONE / tau[b % len(tau)], pos[b, h]
+        votes[:] = _ZERO
+        for g in range(group):
+            x = logits[b, h, g]
+            if len(gumbel):
+                start = _start(key, h * group + g, query_pos[b])
                 for c in range(slots):
-                    votes[c] += y[c] * share
-            own = score[b, h]
+                    y[c] = (x[c] + gumbel[(start + at[c]) & mask]) * cooler
+            else:
+                for c in range(slots):
+                    y[c] = x[c] * cooler
+            share = _ONE / (_exp(y, _highest(y), two) * np.float32(group))
             for c in range(slots):
-                own[c] += votes[c]
-            marked[b, h] = _next(own, at, recent[b % len(recent)])
+                votes[c] += y[c] * share
+        own = score[b, h]
+        for c in range(slots):
+            own[c] += votes[c]
+        marked[b, h] = _next(own, at, recent[b % len(recent)])
+
+
+@njit(nogil=True, cache=True)
+def swap(
+    keys: Any, key_steps: Any, values: Any, value_steps: Any, pos: Any, score: Any, slot: Any, key: Any, value: Any,
+    at: Any, old_keys: Any, old_values: Any, old_pos: Any,
+) -> None:  # fmt: skip
+    """Put a token per row, at positions `at` (B), into slots (B, H) with a score of 0; what lay there becomes old."""
+    for b in range(slot.shape[0]):
+        for h in range(slot.shape[1]):
+            c = slot[b, h]
+            mine = keys[b * key_steps[0] + h * key_steps[1] + c * key_steps[2]]
+            for j in range(len(mine)):
+                old_keys[b, h, 0, j], mine[j] = mine[j], key[b, h, j]
+            mine = values[b * value_steps[0] + h * value_steps[1] + c * value_steps[2]]
+            for j in range(len(mine)):
+                old_values[b, h, 0, j], mine[j] = mine[j], value[b, h, j]
+            old_pos[b, h, 0], pos[b, h, c] = pos[b, h, c], at[b]
+            score[b, h, c] = _ZERO
 
 
 @njit(inline="always")
@@ -244,12 +266,15 @@ def _next(score: Any, pos: Any, recent: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=_LOOSE)
-def noisy_votes(weights: Any, draws: Any, starts: Any, power: Any, voices: Any, cast: Any) -> None:
-    """Add to `cast` (m) the votes of a block's queries, whose weights (n, m) are spent on the way.
+def add_noise(
+    weights: Any, draws: Any, starts: Any, power: Any, voices: Any, shares: Any, first: Any, end: Any
+) -> None:  # fmt: skip
+    """Put noise on the queries from `first` to `end` of weights (n, m), and fill `shares` (n): the weight of a vote.
 
     `draws` are one over the pool's, repeated, so that a row is one piece; `voices` says how much each query counts.
     """
-    for i in range(weights.shape[0]):
+    for i in range(first, end):
+        shares[i] = _ZERO
         if voices[i] == 0:
             continue
         row, noise = weights[i], draws[starts[i] : starts[i] + weights.shape[1]]
@@ -262,6 +287,16 @@ def noisy_votes(weights: Any, draws: Any, starts: Any, power: Any, voices: Any, 
             for j in range(len(row)):
                 row[j] = (row[j] * noise[j]) ** power
                 total += row[j]
-        share = voices[i] / total
+        shares[i] = voices[i] / total
+
+
+@njit(nogil=True, cache=True, fastmath=_LOOSE)
+def add_votes(weights: Any, shares: Any, cast: Any, first: Any, end: Any) -> None:
+    """Add to the keys from `first` to `end` of `cast` (m) the votes of a block's queries."""
+    some = cast[first:end]
+    for i in range(weights.shape[0]):
+        if shares[i] == 0:
+            continue
+        row, share = weights[i, first:end], shares[i]
         for j in range(len(row)):
-            cast[j] += row[j] * share
+            some[j] += row[j] * share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -181,10 +182,10 @@ class EvictingLayer:
         slots.counts = [count + 1 for count in slots.counts]
         keys, values, held = slots.view()
         out, logits = attend_held(query, keys, values, form, held, pos)
-        finite = out.sum(dtype=torch.float32).isfinite()
-        if finite.device.type != "cpu":
-            request.note(finite)
-        elif not finite:
+        total = out.sum(dtype=torch.float32)
+        if total.device.type != "cpu":
+            request.note(total.isfinite())
+        elif not math.isfinite(total):
             raise InputError(f"layer {self.layer} gave an output that is not finite", hint="check the model's inputs")
         if plan.keep is not None:
             self._score(logits, held, pos)

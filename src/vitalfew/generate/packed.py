@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vitalfew.generate import _kernels_coded, _kernels_reference
+from vitalfew.generate import _kernels_coded, _kernels_reference, _kernels_threads
+from vitalfew.generate._calling import NONE, array, tables, threads_for
 from vitalfew.generate.quant import Codec, turn
-from vitalfew.generate.scores import _NONE, _array, _tables, attend_slots
+from vitalfew.generate.scores import attend_slots
 
 if TYPE_CHECKING:
     from vitalfew.generate.scores import Logits
@@ -96,8 +97,8 @@ def attend_held(
     heads, slots, width, codec = keys.data.shape[1], keys.data.shape[2], values.size, keys.codec
     q = turn(query.reshape(rows, heads, -1, d).float())
     kind = _kernels_coded.KINDS.get(codec.name)
-    tables = _tables(keys.data, values.data) if query.device.type == "cpu" and kind is not None else None
-    if tables is None:
+    held = tables(keys.data, values.data) if query.device.type == "cpu" and kind is not None else None
+    if held is None:
         out, logits = _kernels_reference.attend_blocks(
             q,
             (part.decode(torch.float32, turned=True) for part in keys.blocks()),
@@ -106,10 +107,12 @@ def attend_held(
         )  # fmt: skip
     else:
         out, logits = torch.empty((rows, heads, all_heads // heads, width)), torch.empty((*q.shape[:3], slots))
-        slopes, sinks = (_NONE if each is None else _array(each) for each in (form.slopes, form.sinks))
-        _kernels_coded.attend(
-            _array(q), *tables[0], *tables[1], kind, (codec.group(d), codec.group(width)), _array(pos, torch.int32),
-            _array(query_pos, torch.int64), np.float32(form.scale), np.float32(form.softcap or 0.0), slopes, sinks,
-            out.numpy(), logits.numpy(),
+        slopes, sinks = (NONE if each is None else array(each) for each in (form.slopes, form.sinks))
+        given = (
+            array(q), *held[0], *held[1], kind, (codec.group(d), codec.group(width)), array(pos, torch.int32),
+            array(query_pos, torch.int64), np.float32(form.scale), np.float32(form.softcap or 0.0), slopes, sinks,
+            out.numpy(), logits.numpy(), 0, rows * heads,
         )  # fmt: skip
+        threads = threads_for(rows * heads, 4 * rows * heads * slots * (d + width))
+        _kernels_threads.attend_coded(*given, threads) if threads > 1 else _kernels_coded.attend(*given)
     return turn(out).reshape(rows, 1, all_heads, width).to(query.dtype), logits

@@ -7,15 +7,15 @@ are float32 whatever the model's dtype. A prompt is worked on in blocks of queri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from vitalfew.core.errors import InputError, need
-from vitalfew.generate import _kernels_numba, _kernels_reference
+from vitalfew.generate import _kernels_numba, _kernels_reference, _kernels_threads
 from vitalfew.generate._blocks import attend_head, bend, of_heads, padding_of, voting
+from vitalfew.generate._calling import NONE, array, tables, threads_for
 from vitalfew.generate.noise import Noise, gumbels
 
 __all__ = [
@@ -179,49 +179,28 @@ def attend_slots(
 
         out, logits = gpu.attend(q, keys, values, pos, query_pos, form.scale, form.softcap, form.slopes, form.sinks)
         return out.reshape(rows, 1, all_heads, width), logits
-    tables = _tables(keys, values) if query.device.type == "cpu" and keys.dtype == torch.float32 else None
-    if tables is None:
+    held = tables(keys, values) if query.device.type == "cpu" and keys.dtype == torch.float32 else None
+    if held is None:
         out, logits = _kernels_reference.attend(
             q, keys, values, pos, query_pos, form.scale, form.softcap, form.slopes, form.sinks
         )
         return out.reshape(rows, 1, all_heads, width).to(query.dtype), logits
     out = torch.empty((rows, 1, all_heads, width))
     logits = torch.empty((rows, heads, all_heads // heads, slots))
-    slopes, sinks = (_NONE if each is None else _array(each) for each in (form.slopes, form.sinks))
-    _kernels_numba.attend(
-        _array(q), *tables[0], *tables[1], _array(pos, torch.int32), _array(query_pos, torch.int64),
+    slopes, sinks = (NONE if each is None else array(each) for each in (form.slopes, form.sinks))
+    given = (
+        array(q), *held[0], *held[1], array(pos, torch.int32), array(query_pos, torch.int64),
         np.float32(form.scale), np.float32(form.softcap or 0.0), slopes, sinks,
-        out.view(rows, heads, -1, width).numpy(), logits.numpy(),
+        out.view(rows, heads, -1, width).numpy(), logits.numpy(), 0, rows * heads,
     )  # fmt: skip
+    threads = threads_for(rows * heads, 4 * rows * heads * slots * (d + width))
+    _kernels_threads.attend(*given, threads) if threads > 1 else _kernels_numba.attend(*given)
     return out, logits
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Return whether Triton's kernels are to be used."""
     return tensor.device.type == "cuda" and bool(need("triton"))
-
-
-_NONE = np.empty(0, np.float32)
-
-
-def _tables(*tensors: torch.Tensor) -> list[tuple[Any, tuple[int, int, int]]] | None:
-    """Return each tensor (B, H, C, d) as a table of its rows, with the steps between them; None if it is no such."""
-    if torch.compiler.is_compiling():  # which would lose what a kernel writes; it compiles the twin instead
-        return None
-    found = []
-    for tensor in tensors:
-        d, (*steps, inner) = tensor.shape[-1], tensor.stride()
-        if inner != 1 or any(step % d for step in steps):
-            return None
-        ends = [(size - 1) * step for size, step in zip(tensor.shape, steps, strict=False)]
-        table = tensor.detach().as_strided((sum(ends) // d + 1, d), (d, 1)).numpy()
-        found.append((table, (steps[0] // d, steps[1] // d, steps[2] // d)))
-    return found
-
-
-def _array(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a tensor as an array in one piece, so that a kernel is compiled for one layout only."""
-    return tensor.detach().to(dtype).contiguous().numpy()
 
 
 def later_votes(
@@ -277,14 +256,16 @@ def vote_and_mark(
     if score.device.type != "cpu" or torch.compiler.is_compiling():
         return _kernels_reference.vote_and_mark(score, logits, tau, noise, pos, query_pos, recent)
     rows, heads = logits.shape[:2]
-    draws, key = (_NONE, 0) if noise is None else (gumbels(noise.seed), noise.key)
+    draws, key = (NONE, 0) if noise is None else (gumbels(noise.seed), noise.key)
     cool = tau.numpy() if isinstance(tau, torch.Tensor) else np.array([tau], np.float32)
-    windows = _array(recent, torch.int64) if isinstance(recent, torch.Tensor) else np.array([recent])
+    windows = array(recent, torch.int64) if isinstance(recent, torch.Tensor) else np.array([recent])
     marked = torch.empty((rows, heads), dtype=torch.int64)
-    _kernels_numba.vote_and_mark(
-        score.numpy(), _array(logits), cool, draws, key, _array(pos, torch.int32), _array(query_pos, torch.int64),
-        windows, marked.numpy(),
+    given = (
+        score.numpy(), array(logits), cool, draws, key, array(pos, torch.int32), array(query_pos, torch.int64),
+        windows, marked.numpy(), 0, rows * heads,
     )  # fmt: skip
+    threads = threads_for(rows * heads, 64 * logits.numel())  # as long as reading so much takes
+    _kernels_threads.vote_and_mark(*given, threads) if threads > 1 else _kernels_numba.vote_and_mark(*given)
     return marked
 
 

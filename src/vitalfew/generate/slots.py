@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate._calling import array, tables
+from vitalfew.generate._kernels_numba import swap
 from vitalfew.generate.packed import Packed, pack
 from vitalfew.generate.quant import Codec
 from vitalfew.generate.scores import on_gpu
@@ -214,22 +216,34 @@ class Slots:
             self.reserve(need, spare=True)
             free = torch.tensor(self.filled, device=slot.device)[:, None]
             slot = torch.where(torch.tensor(growing, device=slot.device)[:, None], free, slot)
-        self._log.append(
-            _Step(
-                slot,
+        score = self.score.clone()
+        before = self._swap(slot, key, value, pos)
+        self._log.append(_Step(slot, *before, score, self.marked, tuple(self.counts), tuple(self.filled), caps))
+        del self._log[: max(0, len(self._log) - log)]
+        self.filled = [fill + grows for fill, grows in zip(self.filled, growing, strict=True)]
+
+    def _swap(
+        self, slot: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put one token per row into these slots, and return the keys, values and positions that lay there."""
+        kernel = self.keys.device.type == "cpu" and self.keys.dtype in (torch.float32, torch.uint8)
+        held = tables(self.keys, self.values) if kernel and self.pos.is_contiguous() else None
+        if held is None:
+            before = (
                 self.keys.gather(2, _wide(slot, self.keys)),
                 self.values.gather(2, _wide(slot, self.values)),
                 self.pos.gather(2, slot[:, :, None]),
-                self.score.clone(),
-                self.marked,
-                tuple(self.counts),
-                tuple(self.filled),
-                caps,
             )
-        )
-        del self._log[: max(0, len(self._log) - log)]
-        self._put(slot, key, value, pos)
-        self.filled = [fill + grows for fill, grows in zip(self.filled, growing, strict=True)]
+            self._put(slot, key, value, pos)
+            return before
+        old_keys, old_values = (x.new_empty((*x.shape[:2], 1, x.shape[2])) for x in (key, value))
+        old_pos = self.pos.new_empty((*slot.shape, 1))
+        swap(
+            *held[0], *held[1], self.pos.numpy(), self.score.numpy(), array(slot, slot.dtype),
+            array(key, key.dtype), array(value, value.dtype), array(pos, torch.int32),
+            old_keys.numpy(), old_values.numpy(), old_pos.numpy(),
+        )  # fmt: skip
+        return old_keys, old_values, old_pos
 
     def overwrite(self, key: torch.Tensor, value: torch.Tensor, pos: torch.Tensor) -> None:
         """Put one token per row into the marked slots of rows that are full; it cannot be taken back."""
