@@ -389,6 +389,26 @@ def drift_table(body: Mapping[str, Any]) -> str:
     )
 
 
+def histories_table(body: Mapping[str, Any]) -> str:
+    """Return AUC and log loss of a model that reads histories, beside two that do not."""
+    rows = []
+    for name, at in body["results"].items():
+        each = ", ".join(format(run["auc"], ".4f") for run in at["runs"])
+        speed = at["rows"] / at["seconds"]
+        rows.append(f"| {name} | {at['auc']:.4f} ({each}) | {at['log loss']:.4f} | {speed:,.0f} |")
+    return "\n".join(
+        (
+            f"Reviews of games, histories of {body['history']}, the last fifth of each user's held back; means, and",
+            f"each seed in brackets. Measured on {machine_of(body['machine'])}, one thread.",
+            "",
+            "| model | AUC | log loss | rows per second |",
+            "| --- | --: | --: | --: |",
+            *rows,
+            "",
+        )
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "optimizer": optimizer_table,
     "end_to_end": end_to_end_table,
@@ -399,6 +419,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "stale_rows": stale_rows_table,
     "drift": drift_table,
     "split": split_table,
+    "histories": histories_table,
 }
 for _name, _table in figures_generate.TABLES.items():
     TABLES[_name] = lambda body, table=_table: table(body, machine_of(body["machine"]))

@@ -280,6 +280,24 @@ def quant_table(body: Mapping[str, Any], machine: str) -> str:
     )
 
 
+def prefix_table(body: Mapping[str, Any], machine: str) -> str:
+    """Return how long questions behind a prefix wait, beside reading the text again."""
+    rows = [
+        f"| {at['tokens']:,} | {at['rows']} | {'-' if at['codec'] == 'none' else at['codec']} | {at['fork s']:.2f} s "
+        f"| {at['again s']:.2f} s | {at['ratio']:.1%} | {at['tokens read']:.1%} | {amount(at['prefix bytes'], 'B')} "
+        f"| {at['load s']:.2f} s |"
+        for at in body["results"]
+    ]
+    return lines(
+        f"SmolLM2-135M in float32, half of the text kept, questions of {body['results'][0]['question']} tokens; time",
+        f"for each question until its first token. Measured on {machine}, one thread.",
+        "",
+        "| text | questions | codec | behind the prefix | text read again | share | share of tokens | bytes | load |",
+        "| --: | --: | --- | --: | --: | --: | --: | --: | --: |",
+        *rows,
+    )
+
+
 def gpu_table(body: Mapping[str, Any], machine: str) -> str:
     """Return what a GPU took for steps and prompts, and the batch that a memory holds."""
     found = body["results"]
@@ -319,6 +337,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "needles": needles_table,
     "openvino_prompts": prompts_table,
     "peers": peers_table,
+    "prefix": prefix_table,
     "quant": quant_table,
     "summaries": summaries_table,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from vitalfew.data import open_log
+from vitalfew.data import Encoded, Histories, open_log
 from vitalfew.embeddings.jobs import load_model
 from vitalfew.embeddings.models import MODELS
 
@@ -44,6 +45,51 @@ def test_each_model_trains_predicts_and_is_exported(cli: Cli, log: Path, tmp_pat
     assert (result.code, result.out) == (0, ""), result.err
     logits = torch.export.load(tmp_path / "model.pt2").module()(*inputs)
     np.testing.assert_allclose(torch.sigmoid(logits).numpy(), expected, atol=1e-6)
+
+
+TBSM = ("--model", "tbsm", "--by", "user", "--history", 5, "--bottom", 6)
+
+
+def test_a_model_of_histories_trains_goes_on_predicts_and_is_exported(cli: Cli, log: Path, tmp_path: Path) -> None:
+    result = cli("train", log, *FLAGS, *TBSM, "--pairs", 1, "--trial-steps", 4, "--tolerance", 0.9, "--out", "a")
+    assert result.code == 0, result.err
+    assert cli("predict", "a", log, "--out", "scores.parquet").code == 0
+    model, encoder, _ = load_model(tmp_path / "a")
+    rows = encoder.encode(next(encoder.batches(open_log(log))))
+    histories = Histories(encoder, "user", 5)
+    trained = histories.widen(rows)  # what happened, which is the history of what is asked now
+    asked = histories.widen(Encoded(rows.dense, rows.ids))
+    with torch.no_grad():
+        expected = torch.sigmoid(model(torch.from_numpy(asked.dense), torch.from_numpy(asked.ids))).numpy()
+    found = np.asarray(pq.read_table(tmp_path / "scores.parquet")["score"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not np.array_equal(asked.ids, trained.ids)
+    assert cli("export", "a", "--out", "model.pt2").code == 0
+    shaped = torch.from_numpy(asked.dense).view(-1, 6, 1), torch.from_numpy(asked.ids).view(-1, 6, 2)
+    logits = torch.export.load(tmp_path / "model.pt2").module()(*shaped)
+    np.testing.assert_allclose(torch.sigmoid(logits).numpy(), expected, atol=1e-6)
+
+    assert cli("train", log, *FLAGS, *TBSM, "--out", "b").code == 0
+    weights = tmp_path / "b" / "model" / "weights.safetensors"
+    assert weights.read_bytes() == (tmp_path / "a" / "model" / "weights.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "b" / "model")
+    (tmp_path / "b" / "receipt.json").unlink()
+    result = cli("train", "--out", "b", "--resume")
+    assert result.code == 0, result.err
+    assert weights.read_bytes() == (tmp_path / "a" / "model" / "weights.safetensors").read_bytes()
+
+
+def test_histories_that_cannot_be_are_refused(refused: Any, log: Path, tmp_path: Path) -> None:
+    asked = ("train", log, *FLAGS, "--out", "a")
+    assert refused(*asked, "--by", "user") == "--by says nothing without --model"
+    assert refused(*asked, "--model", "tbsm") == "tbsm reads histories of users, and no column names these"
+    assert refused(*asked, *TBSM[:-4], "--history", 0) == "tbsm reads a history of 1 or more, got 0"
+    assert refused(*asked, *TBSM, "--method", "auto") == "tbsm trains with fused rows in memory, got --method auto"
+    assert refused(*asked, *TBSM, "--memory", "1MiB") == "tbsm trains with fused rows in memory, got --memory"
+    assert refused(*asked, *TBSM, "--by", "nobody") == "there is no feature `nobody`"
+    assert refused("look", log, "--label", "click", "--model", "tbsm").startswith("look foretells models of one row")
+    pq.write_table(pq.read_table(log).sort_by([("ts", "descending")]), tmp_path / "clicks.parquet")
+    assert refused(*asked, *TBSM) == "the log is not in the order of time: 1198 comes after 1199"
 
 
 def test_lists_and_rows_on_disk_are_exported(cli: Cli, tmp_path: Path) -> None:

@@ -356,8 +356,21 @@ def test_settings_build_each_model(name: str, dense_in: int) -> None:
     assert Settings.from_dict(settings.to_dict()) == settings
 
 
+@dense_or_not
+def test_items_of_a_history_may_lie_side_by_side(dense_in: int) -> None:
+    settings = Settings(dim=4, top=(8,), bottom=(6,), model="tbsm", history=2)
+    model = build({"a": 5, "b": 6}, dense_in, settings)
+    assert isinstance(model, TBSM)
+    assert Settings.from_dict(settings.to_dict()) == settings
+    draw = seeded(3)
+    ids = torch.randint(0, 5, (7, 3, 2), generator=draw)
+    dense = torch.randn(7, 3, dense_in, generator=draw) if dense_in else None
+    flat = model(None if dense is None else dense.flatten(1), ids.flatten(1))
+    assert torch.equal(model(dense, ids), flat)
+
+
 def test_settings_of_an_older_run_are_those_of_a_dlrm() -> None:
-    old = {key: value for key, value in Settings().to_dict().items() if key != "model"}
+    old = {key: value for key, value in Settings().to_dict().items() if key not in ("model", "history")}
     assert Settings.from_dict(old).model == "dlrm"
 
 
@@ -366,6 +379,10 @@ def test_settings_that_no_model_can_keep_are_refused(refuses: Refuses) -> None:
         Settings(model="gbdt")
     with refuses("(8,)"):
         Settings(bottom=(8,), model="dcn")
+    with refuses("got 0"):
+        Settings(model="tbsm")
+    with refuses("one of 3"):
+        Settings(history=3)
 
 
 # -- on real logs

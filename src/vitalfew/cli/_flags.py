@@ -70,4 +70,10 @@ def log_options(flags: Mapping[str, Any]) -> LogOptions:
     named: dict[str, Any] = {key: flags[key] for key in ("label", "time", "hash_rows", "min_count", "bad_rows")}
     named |= {key: split(flags[key]) for key in ("numeric", "categorical", "lists", "ignore", "direct")}
     crosses = tuple(split(text) for text in flags["cross"] or ())
-    return LogOptions(**named, crosses=crosses, test_share=flags.get("test_share", 0.2), format=flags["log_format"])
+    return LogOptions(
+        **named,
+        crosses=crosses,
+        test_share=flags.get("test_share", 0.2),
+        by=flags.get("by"),
+        format=flags["log_format"],
+    )

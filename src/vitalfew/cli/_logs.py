@@ -99,10 +99,13 @@ def look(
         _refuse_alone(ctx, ("slices", "reference", "models"), "--drift")
     if budget is None and not drift:
         _refuse_alone(ctx, ("report",), "--budget 1%,5%,10%,20% or --drift")
+    from vitalfew.core import InputError
     from vitalfew.embeddings.settings import Settings
     from vitalfew.look import look_at_budgets, look_at_log
     from vitalfew.look.drift import look_at_drift
 
+    if model == "tbsm":
+        raise InputError("look foretells models of one row at a time, and tbsm reads histories", hint="use dlrm")
     settings = Settings(
         dim, flag.widths(bottom), flag.widths(top), optimizer, batch_size=batch_size, storage=storage, model=model
     )
@@ -163,7 +166,11 @@ def train(
     direct: flag.Direct = "",
     min_count: flag.MinCount = 1,
     test_share: flag.TestShare = 0.2,
-    model: flag.Model = "dlrm",
+    model: Annotated[str, typer.Option(help="dlrm, dcn, deepfm, wide-deep, adrec or tbsm.")] = "dlrm",
+    by: Annotated[
+        str | None, typer.Option(help="With --model tbsm: the column of the user, whose earlier clicks it reads.")
+    ] = None,
+    history: Annotated[int, typer.Option(help="With --model tbsm: how many of them.")] = 20,
     dim: flag.Dim = 16,
     bottom: flag.Widths = "256,64",
     top: flag.Widths = "256,64",
@@ -210,6 +217,8 @@ def train(
     elif not (log and label):
         hint = "vitalfew train clicks.parquet --label click --out runs/a"
         raise InputError("train needs a log and its --label", hint=hint)
+    if model != "tbsm":
+        _refuse_alone(ctx, ("by", "history"), "--model tbsm")
     from vitalfew.embeddings.jobs import resume_log, train_log
     from vitalfew.embeddings.settings import Settings
 
@@ -218,8 +227,9 @@ def train(
             receipt = resume_log(out, checkpoint_seconds=checkpoint_seconds, progress=show, say=say)
         else:
             settings = Settings(
-                dim, flag.widths(bottom), flag.widths(top), optimizer, lr, batch_size, epochs, seed, storage, model
-            )
+                dim, flag.widths(bottom), flag.widths(top), optimizer, lr, batch_size, epochs, seed, storage, model,
+                history if model == "tbsm" else 0,
+            )  # fmt: skip
             receipt = train_log(
                 flag.log_path(log or []),
                 flag.log_options(ctx.params),

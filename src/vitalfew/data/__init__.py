@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vitalfew.data.batches import Batches
     from vitalfew.data.encode import Encoder
     from vitalfew.data.encoded import Encoded
+    from vitalfew.data.histories import Histories
     from vitalfew.data.implicit import Bags, LibFM, Pairs, read_adjacency, read_bags, read_libfm, read_pairs
     from vitalfew.data.infer import infer_schema
     from vitalfew.data.log import EncodedLog, write_log
@@ -31,6 +32,7 @@ __all__ = [
     "EncodedLog",
     "Encoder",
     "Hashed",
+    "Histories",
     "LibFM",
     "LogReader",
     "Pairs",
@@ -56,6 +58,7 @@ _NAMES_IN = {
     "batches": ("Batches",),
     "encode": ("Encoder",),
     "encoded": ("Encoded",),
+    "histories": ("Histories",),
     "log": ("EncodedLog", "write_log"),
     "readers": ("LogReader", "open_log"),
     "schema": ("Column", "Schema"),

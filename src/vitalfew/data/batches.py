@@ -32,7 +32,8 @@ class Batches:
     shuffle
         False gives the rows in file order.
     block_rows, blocks_in_memory
-        Rows read in one go, and how many of these are in memory: more mix better, fewer need less.
+        Rows read in one go, and how many of these are in memory: more mix better, fewer need less. Of a log with
+        histories fewer are read, as each is as long as many.
 
     Examples
     --------
@@ -85,7 +86,7 @@ class Batches:
 
     def _shuffled(self, epoch: int, skip: int) -> Iterator[Encoded]:
         """Yield batches, leaving out the first `skip` rows."""
-        num_blocks = -(-len(self.log) // self.block_rows)
+        num_blocks = -(-len(self.log) // self._block)
         blocks = np.random.default_rng([self.seed, epoch, 0]).permutation(num_blocks)
         waiting: list[Encoded] = []  # rows of earlier windows that do not fill a batch
         missing = self.batch_size  # rows that the batch still needs
@@ -109,6 +110,10 @@ class Batches:
         if waiting:
             yield Encoded.concat(waiting)
 
+    @property
+    def _block(self) -> int:
+        return max(1, self.block_rows // self.log.items)
+
     def _span(self, block: int) -> tuple[int, int]:
-        start = block * self.block_rows
-        return start, min(start + self.block_rows, len(self.log))
+        start = block * self._block
+        return start, min(start + self._block, len(self.log))

@@ -18,6 +18,7 @@ from vitalfew.data.encoded import Encoded
 
 if TYPE_CHECKING:
     from vitalfew.data.encode import Encoder
+    from vitalfew.data.histories import Histories
     from vitalfew.data.readers import LogReader
 
 __all__ = ["EncodedLog", "write_log"]
@@ -43,6 +44,8 @@ class EncodedLog:
         Whether `Encoded.offsets` is there.
     label_counts
         Rows with label 0 and with label 1.
+    items
+        Rows of the log in each sample, itself the last: one more than a history is long (see `Histories`).
 
     Examples
     --------
@@ -68,6 +71,7 @@ class EncodedLog:
     is_jagged: bool
     has_time: bool
     label_counts: tuple[int, int]
+    items: int = 1
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> EncodedLog:
@@ -105,7 +109,7 @@ class EncodedLog:
         """
         if not 0 <= start <= stop <= self.num_rows:
             raise InputError(f"rows {start} to {stop} are not within 0 to {self.num_rows}")
-        width = len(self.features)
+        width, columns = self.items * len(self.features), self.items * self.num_dense
         offsets = None
         if self.is_jagged:
             offsets = self._read("offsets.i64", start * width, stop * width + 1)
@@ -115,8 +119,8 @@ class EncodedLog:
         else:
             ids = self._read(self._ids_name(), start * width, stop * width).reshape(-1, width)
         return Encoded(
-            self._read("dense.f32", start * self.num_dense, stop * self.num_dense).reshape(-1, self.num_dense)
-            if self.num_dense
+            self._read("dense.f32", start * columns, stop * columns).reshape(-1, columns)
+            if columns
             else np.zeros((stop - start, 0), np.float32),
             ids.astype(np.int64, copy=False),
             offsets,
@@ -138,7 +142,7 @@ class EncodedLog:
         if len(at) and not 0 <= at.min() <= at.max() < self.num_rows:
             raise InputError(f"rows {at.min()} to {at.max()} are not all within 0 to {self.num_rows - 1}")
         at = at.astype(np.int64, copy=False)
-        width, offsets = len(self.features), None
+        width, columns, offsets = self.items * len(self.features), self.items * self.num_dense, None
         if self.is_jagged:
             bags = self._map("offsets.i64")[at[:, None] * width + np.arange(width + 1)].astype(np.int64)
             offsets = np.concatenate(([0], np.cumsum(np.diff(bags).reshape(-1)))).astype(np.int64)
@@ -148,8 +152,8 @@ class EncodedLog:
         else:
             ids = self._map(self._ids_name()).reshape(-1, width)[at]
         return Encoded(
-            self._map("dense.f32").reshape(-1, self.num_dense)[at].astype(np.float32, copy=False)
-            if self.num_dense
+            self._map("dense.f32").reshape(-1, columns)[at].astype(np.float32, copy=False)
+            if columns
             else np.zeros((len(at), 0), np.float32),
             ids.astype(np.int64, copy=False),
             offsets,
@@ -180,7 +184,7 @@ class EncodedLog:
         """Return how many values each file holds."""
         lengths = {"label.f32": self.num_rows, self._ids_name(): self.num_ids}
         if self.num_dense:
-            lengths["dense.f32"] = self.num_rows * self.num_dense
+            lengths["dense.f32"] = self.num_rows * self.items * self.num_dense
         if self.is_jagged:
             lengths["offsets.i64"] = self.num_rows * len(self.features) + 1
         if self.has_time:
@@ -196,6 +200,7 @@ def write_log(
     cutoff: int | None = None,
     test_share: float = 0.2,
     seed: int = 0,
+    histories: Histories | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[EncodedLog, EncodedLog]:
     """Encode a log into `folder/train` and `folder/test`, in file order, in one pass with bounded memory.
@@ -211,6 +216,8 @@ def write_log(
         the seed and the row number.
     test_share, seed
         Used without a cutoff; the same as for `Encoder.fit`.
+    histories
+        Puts what the same user clicked before in front of each row.
     progress
         Is called with the share done.
 
@@ -237,10 +244,13 @@ def write_log(
     if cutoff is not None and encoder.schema.time is None:
         raise InputError("a cutoff needs a time, and no column is the time", hint="name the time column")
     with atomic_folder(folder) as part, ExitStack() as stack:
-        slices = {name: stack.enter_context(_Slice(part / name, encoder)) for name in ("train", "test")}
+        items = 1 if histories is None else histories.length + 1
+        slices = {name: stack.enter_context(_Slice(part / name, encoder, items)) for name in ("train", "test")}
         row = 0
         for batch in encoder.batches(reader, progress=progress):
             rows = encoder.encode(batch, first_row=row)
+            if histories is not None:
+                rows = histories.widen(rows)
             if cutoff is not None:
                 assert rows.time is not None
                 held_back = rows.time > cutoff
@@ -260,6 +270,7 @@ class _Slice:
 
     folder: Path
     encoder: Encoder
+    items: int = 1
     num_rows: int = 0
     num_ids: int = 0
     num_positive: int = 0
@@ -309,6 +320,7 @@ class _Slice:
             "is_jagged": bool(self.encoder.schema.lists),
             "has_time": self.encoder.schema.time is not None,
             "label_counts": [self.num_rows - self.num_positive, self.num_positive],
+            "items": self.items,
         }
         write_document(self.folder / _MANIFEST, "encoded-log", _VERSION, body)
 

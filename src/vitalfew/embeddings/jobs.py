@@ -19,12 +19,13 @@ from vitalfew.core import Declined, InputError, Line, Prediction, Receipt, Rule
 from vitalfew.core.files import atomic_write, read_document, write_document
 from vitalfew.data.encode import Encoder
 from vitalfew.data.encoded import Encoded
+from vitalfew.data.histories import Histories
 from vitalfew.data.readers import open_log
 from vitalfew.embeddings.account import gather, make_receipt, no_comparison, training_lines
 from vitalfew.embeddings.checkpoint import about_weights, load_newest, load_weights, save_checkpoint, save_model
 from vitalfew.embeddings.course import check_way, course_of
 from vitalfew.embeddings.fitting import evaluate, predict
-from vitalfew.embeddings.models import ClickModel
+from vitalfew.embeddings.models import TBSM, ClickModel
 from vitalfew.embeddings.options import LogOptions, Progress, Say, hush, silent
 from vitalfew.embeddings.preparing import Job, alone, fresh_folder, log_files, prepare, reopen
 from vitalfew.embeddings.settings import Settings, build, dense_optimizer
@@ -92,6 +93,9 @@ def train_log(
         raise InputError(f"{out} holds a run already", hint="go on with it by --resume, or choose another --out")
     if folder.exists() and not (folder.is_dir() and all(each.match(_BEGUN) for each in folder.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder", hint="choose another --out")
+    if settings.history and (tiers is not None or method != "fused"):
+        what = "--memory" if tiers is not None else f"--method {method}"
+        raise InputError(f"{settings.model} trains with fused rows in memory, got {what}", hint=f"leave {what} out")
     if method != "auto":
         check_way(way_named(method), tiers)
     if tiers is not None:
@@ -343,7 +347,8 @@ def predict_log(
     folder
         A finished run.
     path
-        Needs the feature columns of the run, not the label.
+        Needs the feature columns of the run, not the label. A model of histories takes those that stood at the end of
+        the log it was trained on.
     out
         A ``.parquet`` or ``.csv`` file; appears whole or not at all.
 
@@ -359,12 +364,17 @@ def predict_log(
     with model.tables if isinstance(model.tables, TieredEmbeddings) else nullcontext():
         # As many rows at a time as training had room for.
         most = about["settings"]["batch_size"] if about["tiers"] else None
-        return _predict(model, encoder, path, target, log_format, bad_rows, most, progress)
+        histories = None
+        if isinstance(model, TBSM):
+            histories = Histories.load(Path(folder) / "encoder", encoder, about["options"]["by"], model.history)
+            most = about["settings"]["batch_size"]
+        return _predict(model, encoder, histories, path, target, log_format, bad_rows, most, progress)
 
 
 def _predict(
     model: ClickModel,
     encoder: Encoder,
+    histories: Histories | None,
     path: str | list[str],
     target: Path,
     log_format: str | None,
@@ -387,6 +397,8 @@ def _predict(
             for batch in encoder.batches(reader, labels=False, progress=lambda share: progress("predict", share)):
                 encoded = encoder.encode(batch, labels=False, first_row=rows)
                 parts = [encoded] if most is None else _cut(encoded, most)
+                if histories is not None:
+                    parts = map(histories.widen, parts)
                 scores = torch.sigmoid(torch.from_numpy(predict(model, parts))).numpy()
                 writer.write_batch(pa.record_batch([pa.array(scores)], schema=shape))
                 rows += len(encoded)

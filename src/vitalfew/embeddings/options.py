@@ -43,6 +43,8 @@ class LogOptions:
         Tuples of categorical columns whose combinations are features too.
     hash_rows, direct, min_count
         As for `Encoder.fit`.
+    by
+        For a model that reads histories: the column that names the user.
     test_share
         Of the rows, the later ones where there is a time.
     format, bad_rows
@@ -65,6 +67,7 @@ class LogOptions:
     hash_rows: int | None = None
     direct: tuple[str, ...] = ()
     min_count: int = 1
+    by: str | None = None
     test_share: float = 0.2
     format: str | None = None
     bad_rows: str = "error"

@@ -79,10 +79,11 @@ def predict_payoff(
     rng = np.random.default_rng(settings.seed)
     batches = []
     for _ in range(steps + 2):
-        ids = _draw(num_rows, counts, size, rng)
-        dense = rng.standard_normal((len(ids), num_dense)).astype(np.float32)
+        ids = _draw(num_rows, counts, size * settings.items, rng).reshape(size, -1)
+        dense = rng.standard_normal((size, settings.items * num_dense)).astype(np.float32)
         batches.append(Encoded(dense, ids, label=rng.integers(0, 2, len(ids)).astype(np.float32)))
-    distinct = round(statistics.mean(sum(len(np.unique(column)) for column in b.ids.T) for b in batches))
+    by_row = [batch.ids.reshape(-1, len(num_rows)) for batch in batches]
+    distinct = round(statistics.mean(sum(len(np.unique(column)) for column in ids.T) for ids in by_row))
     plain, ours = _time(num_rows, batches, settings, plain=(True, False))
     return Payoff(plain, ours, batches[0].ids.size, distinct)
 
@@ -103,8 +104,9 @@ def _time(
 ) -> list[float]:
     """Time steps of the ways to train, in turns; return the median of each."""
     cut = {name: min(rows, _ROWS) for name, rows in num_rows.items()}
-    limit = np.array(list(cut.values()))
-    arms = [build_arm(cut, batches[0].dense.shape[1], settings, plain=each) for each in plain]
+    limit = np.tile(list(cut.values()), settings.items)
+    num_dense = batches[0].dense.shape[1] // settings.items
+    arms = [build_arm(cut, num_dense, settings, plain=each) for each in plain]
     times: list[list[float]] = [[] for _ in arms]
     for turn, batch in enumerate(batches):
         if batch.offsets is None:

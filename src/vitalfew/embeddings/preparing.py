@@ -17,6 +17,7 @@ from vitalfew.core.files import atomic_folder
 from vitalfew.data import LogReader, Schema
 from vitalfew.data.batches import Batches
 from vitalfew.data.encode import Encoder
+from vitalfew.data.histories import Histories
 from vitalfew.data.log import EncodedLog, write_log
 from vitalfew.data.split import time_cutoff
 from vitalfew.embeddings.options import LogOptions, Progress, open_with
@@ -115,6 +116,7 @@ def prepare(
             notes.append("the time of the split was estimated from a sample of the rows")
     share = None if cutoff is not None else options.test_share
     encoder = fit_encoder(reader, schema, options, settings.seed, progress, until=cutoff, test_share=share)
+    histories = histories_of(encoder, options, settings)
     if checked and tiers is not None:
         tiers.check(encoder.num_rows, settings)
     elif checked:
@@ -128,6 +130,7 @@ def prepare(
         cutoff=cutoff,
         test_share=options.test_share,
         seed=settings.seed,
+        histories=histories,
         progress=lambda s: progress("encode", s),
     )
     if checked and tiers is not None:
@@ -136,9 +139,20 @@ def prepare(
         tiers.check_batches(encoder.num_rows, settings, run, jagged=train.is_jagged)
     with atomic_folder(out / "encoder") as part:
         encoder.save(part)
+        if histories is not None:
+            histories.save(part)
     if reader.num_bad_rows:
         notes.append(f"{reader.num_bad_rows:,} malformed rows were skipped")
     return Job(out, encoder, train, test, settings, options, path, notes)
+
+
+def histories_of(encoder: Encoder, options: LogOptions, settings: Settings) -> Histories | None:
+    """Return what gives rows their histories, where the model reads them."""
+    if not settings.history:
+        return None
+    if options.by is None:
+        raise InputError("tbsm reads histories of users, and no column names these", hint="name it with --by")
+    return Histories(encoder, options.by, settings.history)
 
 
 def fit_encoder(

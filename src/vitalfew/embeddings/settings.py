@@ -14,7 +14,7 @@ from torch import nn
 
 from vitalfew.core import InputError
 from vitalfew.embeddings.baseline import TorchBags
-from vitalfew.embeddings.models import MODELS, ClickModel
+from vitalfew.embeddings.models import MODELS, TBSM, ClickModel
 from vitalfew.embeddings.optim import SGD, Adagrad, LazyAdam, Optimizer, RowwiseAdagrad
 from vitalfew.embeddings.tables import EmbeddingBags, Table
 
@@ -52,7 +52,9 @@ class Settings:
     storage
         Of the rows: float32, bfloat16 or float16.
     model
-        ``dlrm``, or another of `MODELS`.
+        ``dlrm``, or another of `MODELS`; or ``tbsm``, which reads histories.
+    history
+        For ``tbsm``: how many earlier clicks of the same user a sample brings.
 
     Examples
     --------
@@ -70,6 +72,7 @@ class Settings:
     seed: int = 0
     storage: str = "float32"
     model: str = "dlrm"
+    history: int = 0
 
     def __post_init__(self) -> None:
         for name in ("dim", "batch_size", "epochs"):
@@ -83,17 +86,31 @@ class Settings:
         if self.storage not in STORAGE:
             raise InputError(f"rows cannot be stored as {self.storage!r}", hint=f"use {', '.join(STORAGE)}")
         self.rule()
-        if self.model not in MODELS:
-            raise InputError(f"there is no model {self.model!r}", hint=f"choose one of {', '.join(MODELS)}")
-        if self.dim < (least := MODELS[self.model].least_dim):
+        if self.model not in (*MODELS, "tbsm"):
+            raise InputError(f"there is no model {self.model!r}", hint=f"choose one of {', '.join((*MODELS, 'tbsm'))}")
+        if self.history and self.model != "tbsm":
+            raise InputError(f"{self.model} reads no history, got one of {self.history}", hint="use tbsm")
+        if self.model == "tbsm" and self.history < 1:
+            raise InputError(f"tbsm reads a history of 1 or more, got {self.history}", hint="20 is a usual length")
+        if self.dim < (least := self.kind.least_dim):
             raise InputError(f"{self.model} cannot use rows of width {self.dim}", hint=f"{least} is the least")
         if self.bottom != _BOTTOM and not self.has_bottom:
             raise InputError(f"{self.model} has no bottom layers to make {self.bottom}", hint="leave them out")
 
     @property
+    def kind(self) -> type[ClickModel]:
+        """The class of the model."""
+        return TBSM if self.model == "tbsm" else MODELS[self.model]
+
+    @property
     def has_bottom(self) -> bool:
         """Whether the model takes bottom layers."""
-        return "bottom" in inspect.signature(MODELS[self.model]).parameters
+        return "bottom" in inspect.signature(self.kind).parameters
+
+    @property
+    def items(self) -> int:
+        """Rows of the log in a sample."""
+        return self.history + 1
 
     def rule(self) -> Optimizer:
         """Return the update rule of the rows."""
@@ -137,7 +154,7 @@ def build(
     num_rows
         Rows per feature, in the order of the input.
     num_dense
-        Number of dense inputs.
+        Number of dense inputs of a row.
     tiers, store, resume
         With these the rows are spread over memory and a folder, which holds those of an earlier sitting (`resume`).
     update
@@ -164,9 +181,11 @@ def build(
             tables, settings.rule(), dtype=storage, generator=generator, seed=settings.seed, update=update
         )
     layers: dict[str, Any] = {"top": (*settings.top, 1)}
+    if settings.history:
+        layers = {"top": settings.top, "history": settings.history}
     if settings.has_bottom:
         layers["bottom"] = (*settings.bottom, settings.dim)
-    make: Callable[..., ClickModel] = MODELS[settings.model]
+    make: Callable[..., ClickModel] = settings.kind
     return make(bags, dense_in=num_dense, **layers, generator=generator)
 
 

@@ -92,11 +92,17 @@ class TBSM(DotModel):
         Parameters
         ----------
         dense
-            float32, shape (samples, history + 1, dense_in); without dense inputs None, or no columns.
+            float32, shape (samples, history + 1, dense_in); without dense inputs None, or no columns. The items may
+            lie side by side, as `vitalfew.data.Histories` has them: (samples, (history + 1) * dense_in).
         ids, offsets
-            Shape (samples, history + 1, F). Bags: as the tables take them, item by item inside a sample.
+            Shape (samples, history + 1, F), or side by side. Bags: as the tables take them, item by item inside a
+            sample.
         """
         items, features = self.history + 1, len(self.tables.features)
+        if offsets is None and ids.dim() == 2 and ids.shape[1] == items * features:
+            ids = ids.reshape(ids.shape[0], items, features)
+        if dense is not None and dense.dim() == 2 and dense.shape[1] == items * self.dense_in:
+            dense = dense.reshape(dense.shape[0], items, self.dense_in)
         if offsets is None and tuple(ids.shape[1:]) != (items, features):
             raise InputError(
                 f"expected ids of shape (samples, {items}, {features}), got {tuple(ids.shape)}",
