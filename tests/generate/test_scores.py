@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Thread
 
 import numba
 import numpy as np
@@ -376,3 +377,15 @@ def test_any_number_of_threads_gives_the_same_bits(noise, threads, monkeypatch):
             assert torch.equal(a, b)
         names = ["noisy_votes"] if noise else []
         assert {*shared} == {"attend", "attend_coded", "vote_and_mark", *names} or numba.config.NUMBA_NUM_THREADS == 1
+
+
+def test_without_openmp_only_the_main_thread_shares_its_work(threads, monkeypatch):
+    threads(2)
+    monkeypatch.setattr(_calling, "_openmp", lambda: False)
+    found = []
+    other = Thread(target=lambda: found.append(_calling.threads_for(8, 1 << 30)))
+    other.start()
+    other.join()
+    assert found == [1]
+    assert _calling.threads_for(8, 1 << 30) == min(2, numba.config.NUMBA_NUM_THREADS)
+    assert _calling.threads_for(8, 100) < 2

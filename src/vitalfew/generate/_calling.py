@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numba
@@ -41,11 +44,23 @@ def array(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
     return tensor.detach().to(dtype).contiguous().numpy()
 
 
+@cache
+def _openmp() -> bool:
+    try:
+        import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
 def threads_for(pieces: int, nbytes: int) -> int:
     """Return how many threads are to share pieces of work that read so many bytes, and have numba use them.
 
-    At most as many as PyTorch computes with; one is too few for a kernel that shares its work to be called.
+    At most as many as PyTorch computes with; one is too few for a kernel that shares its work to be called. Without
+    OpenMP, numba's own threads end the process when two others call them at once: then only the main thread has them.
     """
+    if not _openmp() and threading.current_thread() is not threading.main_thread():
+        return 1
     threads: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, pieces, nbytes // _LEAST)
     if threads > 1 and numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
