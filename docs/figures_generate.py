@@ -38,7 +38,7 @@ def decode_table(body: Mapping[str, Any], machine: str) -> str:
         f"Measured on {machine}, one thread; the best of the rounds. In brackets with Gumbel noise.",
         "",
         "| rows x tokens | kept | dynamic cache | static cache | slots | slots, noise | over dynamic | over static "
-        "| at most, over static | misses |",
+        "| by bytes, over static | misses |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- |",
         *rows,
     )
