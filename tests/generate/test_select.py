@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitalfew.core.errors import InputError
+from vitalfew.generate.scores import mark
 from vitalfew.generate.select import next_slot, prompt_tokens
 
 SCORES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, -1.0, -math.inf])
@@ -79,6 +80,7 @@ def test_the_next_slot_is_found_as_by_hand(head, recent, data):
     want = naive_next(score[0, 0].tolist(), pos[0, 0].tolist(), recent)
     assert int(slot) == want
     assert int(next_slot(score, pos, torch.tensor([recent]))) == want
+    assert int(mark(score, pos, recent)) == int(mark(score, pos, torch.tensor([recent]))) == want
 
 
 def test_every_row_and_head_chooses_for_itself():
@@ -90,6 +92,8 @@ def test_every_row_and_head_chooses_for_itself():
     index = prompt_tokens(score, pos, keep, recent)
     assert index.shape == (3, 2, 12)
     slots = next_slot(score, pos, torch.tensor(recent))
+    assert torch.equal(slots, mark(score, pos, torch.tensor(recent)))
+    assert torch.equal(slots, mark(torch.cat((score, score), 2)[:, :, :30], pos, torch.tensor(recent)))
     for b in range(3):
         for h in range(2):
             alone = naive_prompt(score[b, h].tolist(), pos[b, h].tolist(), keep[b], recent[b])

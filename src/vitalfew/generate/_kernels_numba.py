@@ -240,6 +240,14 @@ def swap(
             score[b, h, c] = _ZERO
 
 
+@njit(nogil=True, cache=True)
+def mark(score: Any, pos: Any, recent: Any, marked: Any) -> None:
+    """Fill `marked` (B, H) as `select.next_slot` does; `recent` holds one for each row, or one for all."""
+    for b in range(pos.shape[0]):
+        for h in range(pos.shape[1]):
+            marked[b, h] = _next(score[b, h], pos[b, h], recent[b % len(recent)])
+
+
 @njit(inline="always")
 def _next(score: Any, pos: Any, recent: Any) -> Any:
     """Choose as `select.next_slot` does, for one row and head."""

@@ -1,4 +1,7 @@
-"""Kernels on several threads, each of which takes a part of the work; their number does not change a bit."""
+"""Kernels on several threads, each of which takes a part of the work.
+
+They are compiled apart from those for one thread, so that the last bit of a sum may differ.
+"""
 
 from __future__ import annotations
 

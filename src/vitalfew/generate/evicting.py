@@ -15,8 +15,7 @@ from vitalfew.generate.choosing import cap_of, check_spans, choose
 from vitalfew.generate.noise import Noise
 from vitalfew.generate.packed import attend_held
 from vitalfew.generate.request import NewTokens, Request
-from vitalfew.generate.scores import Logits, Votes, attend_prompt, later_votes, vote_and_mark
-from vitalfew.generate.select import next_slot
+from vitalfew.generate.scores import Logits, Votes, attend_prompt, later_votes, mark, vote_and_mark
 from vitalfew.generate.slots import Slots
 
 if TYPE_CHECKING:
@@ -262,7 +261,7 @@ class EvictingLayer:
         assert slots is not None
         if any(cap is not None for cap in slots.caps):
             used = slots.used
-            slots.marked = next_slot(slots.score[:, :, :used], slots.pos[:, :, :used], self._window())
+            slots.marked = mark(slots.score[:, :, :used], slots.pos[:, :, :used], self._window())
 
     def to(self, device: torch.device) -> None:
         """Follow the model to a device."""

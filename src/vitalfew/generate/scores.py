@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -17,9 +18,11 @@ from vitalfew.generate import _kernels_numba, _kernels_reference, _kernels_threa
 from vitalfew.generate._blocks import attend_head, bend, of_heads, padding_of, voting
 from vitalfew.generate._calling import NONE, array, tables, threads_for
 from vitalfew.generate.noise import Noise, gumbels
+from vitalfew.generate.select import next_slot
 
 __all__ = [
-    "Logits", "Votes", "attend_masked", "attend_prompt", "attend_slots", "later_votes", "on_gpu", "vote_and_mark",
+    "Logits", "Votes", "attend_masked", "attend_prompt", "attend_slots", "later_votes", "mark", "on_gpu",
+    "vote_and_mark",
 ]  # fmt: skip
 
 
@@ -258,15 +261,36 @@ def vote_and_mark(
     rows, heads = logits.shape[:2]
     draws, key = (NONE, 0) if noise is None else (gumbels(noise.seed), noise.key)
     cool = tau.numpy() if isinstance(tau, torch.Tensor) else np.array([tau], np.float32)
-    windows = array(recent, torch.int64) if isinstance(recent, torch.Tensor) else np.array([recent])
     marked = torch.empty((rows, heads), dtype=torch.int64)
     given = (
         score.numpy(), array(logits), cool, draws, key, array(pos, torch.int32), array(query_pos, torch.int64),
-        windows, marked.numpy(), 0, rows * heads,
+        _windows(recent), marked.numpy(), 0, rows * heads,
     )  # fmt: skip
     threads = threads_for(rows * heads, 64 * logits.numel())  # as long as reading so much takes
     _kernels_threads.vote_and_mark(*given, threads) if threads > 1 else _kernels_numba.vote_and_mark(*given)
     return marked
+
+
+def mark(score: torch.Tensor, pos: torch.Tensor, recent: torch.Tensor | int) -> torch.Tensor:
+    """Return what `vitalfew.generate.select.next_slot` does, in one pass on a CPU.
+
+    Examples
+    --------
+    >>> mark(torch.tensor([[[0.4, 0.1, 0.0]]]), torch.tensor([[[3, 5, 6]]], dtype=torch.int32), recent=2)
+    tensor([[1]])
+    """
+    if score.device.type != "cpu" or torch.compiler.is_compiling():
+        return next_slot(score, pos, recent)
+    marked = torch.empty(pos.shape[:2], dtype=torch.int64)
+    _kernels_numba.mark(score.numpy(), array(pos, torch.int32), _windows(recent), marked.numpy())
+    return marked
+
+
+def _windows(recent: torch.Tensor | int) -> npt.NDArray[np.int64]:
+    found: npt.NDArray[np.int64] = (
+        array(recent, torch.int64) if isinstance(recent, torch.Tensor) else np.array([recent])
+    )
+    return found
 
 
 @torch.no_grad()
