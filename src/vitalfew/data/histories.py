@@ -49,7 +49,7 @@ class Histories:
     >>> flat = encoder.encode(next(encoder.batches(log)))
     >>> wide = Histories(encoder, "user", 2).widen(flat)
     >>> wide.ids.reshape(4, 3, 2)[3].tolist()  # nothing, then tea, then the row itself
-    [[0, 0], [1, 1], [1, 3]]
+    [[0, 0], [1, 2], [1, 3]]
 
     Notes
     -----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitalfew.core.lazy import lazily
+from vitalfew._lazy import lazily
 
 if TYPE_CHECKING:
     from vitalfew.generate.budgets import by_mass, pyramid, slot_bytes, slots_for_bytes, uniform, weighted

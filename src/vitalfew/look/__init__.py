@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitalfew.core.lazy import lazily
+from vitalfew._lazy import lazily
 
 if TYPE_CHECKING:
     from vitalfew.look.budgets import BudgetLook, MemoryLook, look_at_budgets

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitalfew.core.lazy import lazily
+from vitalfew._lazy import lazily
 
 if TYPE_CHECKING:
     from vitalfew.tiers._ray import Remote

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from vitalfew.core.errors import need
-
 __all__ = ["lazily"]
 
 
@@ -32,6 +30,8 @@ def lazily(package: str, home: Mapping[str, str], *needed: str) -> Callable[[str
     def found(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        from vitalfew.core.errors import need  # the core loads NumPy
+
         for library in needed:
             need(library)
         module = import_module(package)
