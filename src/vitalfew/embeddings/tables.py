@@ -87,7 +87,7 @@ class EmbeddingBags(nn.Module):
     torch.Size([2, 2, 4])
     >>> before = tables.rows_of("user").clone()
     >>> out.sum().backward()
-    >>> (before - tables.rows_of("user"))[:3, 0]
+    >>> (before - tables.rows_of("user"))[:3, 0].round(decimals=4)
     tensor([0., 1., 0.])
 
     Notes
